@@ -96,4 +96,9 @@ type Driver interface {
 	// Adopt takes a running VM over. When it is gone the error's kind is
 	// not_found, and nothing of its process is left.
 	Adopt(ctx context.Context, record Record) (Machine, error)
+	// Sweep kills every VMM process of this driver whose Spec.Dir lies below
+	// root and that no unreleased Machine of this Driver value holds: what a
+	// process left that died between starting a VM and writing its Record down.
+	// It returns when they are gone.
+	Sweep(ctx context.Context, root string) error
 }
