@@ -83,9 +83,17 @@ const (
 	ChannelStderr byte = 2
 )
 
+// StdinWindow is how much input a careful client leaves unacknowledged: the
+// server then always has room for it, and so always hears a kill behind it. A
+// client may ignore the window; TCP slows it down instead.
+const StdinWindow = 256 << 10
+
 // The types of a StreamMessage. The client sends auth first (unless the request
 // had an Authorization header), then start; later close_stdin or kill. The
-// server sends started, then exit or error as its last message.
+// server sends started, then exit or error as its last message; in between
+// stdin_ack, and keepalive on an idle stream, which a client may both ignore.
+// A client must ignore types it does not know. When the client goes away, its
+// command is killed.
 const (
 	StreamAuth       = "auth"
 	StreamStart      = "start"
@@ -94,6 +102,14 @@ const (
 	StreamStarted    = "started"
 	StreamExit       = "exit"
 	StreamError      = "error"
+	StreamStdinAck   = "stdin_ack"
+	StreamKeepAlive  = "keepalive"
+)
+
+// The signals of a StreamMessage of type kill.
+const (
+	SignalTerm = "TERM"
+	SignalKill = "KILL"
 )
 
 // StreamMessage is one text message of an exec stream.
@@ -107,6 +123,7 @@ type StreamMessage struct {
 	ExitCode *int         `json:"exit_code,omitempty"` // exit
 	Status   string       `json:"status,omitempty"`    // exit
 	TimedOut bool         `json:"timed_out,omitempty"` // exit
+	Bytes    int64        `json:"bytes,omitempty"`     // stdin_ack: how much of the input the command's pipe has taken so far
 	Error    *ErrorDetail `json:"error,omitempty"`     // error
 }
 
