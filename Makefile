@@ -1,0 +1,112 @@
+# Dormouse. `make` alone says what there is.
+#
+# Everything is built by the user who types; only `dormouse up`, `dormouse down`
+# and the tests that need root go through sudo. Nothing root-owned is left in
+# the checkout or in the user's Go caches.
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS   += --no-print-directory
+.DEFAULT_GOAL := help
+
+# Go may sit where a login shell would not look; mke2fs is in sbin. A Go older
+# than go.mod asks for fetches the right one by itself (GOTOOLCHAIN=auto).
+export PATH := $(CURDIR)/build/go/bin:$(PATH):/usr/local/go/bin:/usr/sbin:/sbin
+export GOTOOLCHAIN ?= auto
+export CGO_ENABLED ?= 0
+
+UID  := $(shell id -u)
+SUDO := $(if $(filter 0,$(UID)),,sudo)
+# `sudo make` still builds as the user who typed it.
+AS_USER := $(if $(and $(filter 0,$(UID)),$(SUDO_UID),$(filter-out 0,$(SUDO_UID))),sudo -H -u \#$(SUDO_UID) -g \#$(SUDO_GID) env PATH=$(PATH) GOTOOLCHAIN=$(GOTOOLCHAIN) CGO_ENABLED=$(CGO_ENABLED),)
+GO   := $(AS_USER) go
+TOOL := $(GO) tool -modfile=tools/go.mod
+
+VERSION   := $(shell git -c safe.directory='*' describe --tags --always --dirty 2>/dev/null || echo unknown)
+BUILD     := $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
+STAGE     := scripts/stage
+# With REQUIRE a skipped test is a failure: all of this is installed by `make deps`.
+REQUIRE_TOOLS := qemu-system-x86_64,qemu-img,mmdebstrap,mke2fs,buf
+TESTFLAGS ?=
+# Packages whose tests need root, found by what they call. Whole-system tests have stages of their own.
+ROOT_PKGS  = $(shell grep -rl --include='*_test.go' 'testkit\.Root(' . | grep -v -E '^\./(test|build)/' | xargs -r -n1 dirname | sort -u)
+UNIT_PKGS  = $(filter-out $(patsubst ./%,github.com/dormouse-sandbox/dormouse/%,$(ROOT_PKGS)),$(shell $(GO) list ./... | grep -v '/dormouse/test/'))
+AS_ROOT    = $(if $(SUDO),-exec "$(CURDIR)/scripts/as-root",)
+SYSTEM     = $(GO) test -count=1 -p 1 $(AS_ROOT) $(TESTFLAGS)
+
+.PHONY: help up down demo doctor deps build release generate fmt check check-all bench \
+        check-format check-vet check-lint check-build check-unit check-root check-e2e
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+up: deps build ## install what is missing, build, start the server on 127.0.0.1:7070, prove that it works
+	@$(SUDO) bin/dormouse up --detach
+
+down: ## stop the server and every sandbox, leave nothing behind but the data
+	@if [ ! -x bin/dormouse ]; then $(MAKE) build; fi
+	@$(SUDO) bin/dormouse down
+
+demo: ## the self-proof alone, against the running server
+	@bin/dormouse demo
+
+doctor: build ## what this machine has and lacks, with the cure for each thing
+	@bin/dormouse doctor
+
+deps: ## install the Debian packages that are missing, and say which
+	@scripts/install-deps
+
+build: ## bin/dormouse and bin/dormouse-guest
+	@$(AS_USER) mkdir -p bin
+	@$(BUILD) -o bin/dormouse ./cmd/dormouse
+	@$(BUILD) -o bin/dormouse-guest ./cmd/dormouse-guest
+
+generate: ## generated code anew, from the .proto files
+	@$(TOOL) buf generate
+
+fmt: ## format all Go code
+	@$(TOOL) gofumpt -w $$(git ls-files '*.go' | grep -v /gen/)
+
+check: ## everything CI runs
+	@start=$$SECONDS; \
+	for s in format vet lint build unit root e2e; do $(MAKE) check-$$s; done; \
+	printf 'make check: all passed in %dm%02ds\n' $$(( (SECONDS-start)/60 )) $$(( (SECONDS-start)%60 ))
+
+check-format:
+	@$(STAGE) "format (gofumpt)" -- bash -c 'out=$$($(TOOL) gofumpt -l $$(git ls-files "*.go" | grep -v /gen/)); \
+	  [ -z "$$out" ] || { echo "not formatted, run make fmt:"; echo "$$out"; exit 1; }'
+
+check-vet:
+	@$(STAGE) "go vet" -- $(GO) vet ./...
+	@$(STAGE) "go vet, release" -- $(GO) vet -tags release ./cmd/...
+
+check-lint:
+	@$(STAGE) "staticcheck" -- $(TOOL) staticcheck ./...
+	@$(STAGE) "errcheck" -- $(TOOL) errcheck ./...
+
+check-build:
+	@$(STAGE) "build" -- $(MAKE) build
+	@$(STAGE) "build, release" -- $(GO) build -trimpath -buildvcs=false -tags release -o /dev/null ./cmd/...
+
+check-unit:
+	@REQUIRE=$(REQUIRE_TOOLS) $(STAGE) --show "unit tests" -- $(GO) test -timeout 10m $(TESTFLAGS) $(UNIT_PKGS)
+
+check-root:
+	@$(if $(strip $(ROOT_PKGS)),REQUIRE=root$(,)$(REQUIRE_TOOLS) $(STAGE) --show "tests as root" -- \
+	  $(GO) test -timeout 10m -p 1 $(AS_ROOT) $(TESTFLAGS) $(ROOT_PKGS),:)
+
+check-e2e:
+	@$(if $(wildcard test/e2e/*_test.go),REQUIRE=root$(,)$(REQUIRE_TOOLS) $(STAGE) --show "end to end" -- \
+	  $(SYSTEM) -timeout 15m ./test/e2e/...,:)
+
+check-all: check ## check, then what takes longer: the race detector, crash sweeps, soak
+	@if command -v gcc >/dev/null; then \
+	  CGO_ENABLED=1 $(STAGE) --show "unit tests, race detector" -- $(GO) test -race -timeout 20m $(UNIT_PKGS); \
+	else echo "skip race detector: it needs gcc (apt-get install gcc libc6-dev)"; fi
+	@for d in chaos soak; do if ls test/$$d/*_test.go >/dev/null 2>&1; then \
+	  DORMOUSE_LONG=1 REQUIRE=root,$(REQUIRE_TOOLS) $(STAGE) --show "$$d" -- $(SYSTEM) -timeout 60m ./test/$$d/...; fi; done
+
+bench: build ## measure, and write docs/benchmarks.md
+	@$(SYSTEM) -timeout 60m -run '^$$' -bench . ./test/bench/...
+
+, := ,
