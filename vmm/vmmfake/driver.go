@@ -1,0 +1,238 @@
+// Package vmmfake is a vmm.Driver without virtual machines, for tests of what
+// stands above the seam. Its guests are goroutines of the test.
+//
+// It keeps the promises of the seam (vmmtest runs over it too): machines live
+// in the Driver, not in whoever holds a handle, so a test "restarts the agent"
+// by dropping every handle and calling Adopt on the same Driver. What breaks,
+// and when, the test decides with FailStarts, Crash and PowerOff.
+package vmmfake
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/dormouse-sandbox/dormouse/internal/fault"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/vmm"
+)
+
+// Name is what the fake calls itself in its records.
+const Name = "fake"
+
+// firstPID is above every PID that Linux gives out (PID_MAX_LIMIT is 1<<22):
+// nothing real can be signalled by mistake.
+const firstPID = 1<<22 + 1
+
+// Driver is a fake machine room. The zero value is not ready; use New.
+type Driver struct {
+	guest  Guest
+	bootID string
+
+	mu        sync.Mutex
+	machines  map[int]*vm // by PID, running ones only
+	nextPID   int
+	failStart []error
+	starts    int
+}
+
+// Guest is what a fake machine runs. It returns when ctx ends (the machine was
+// killed) or when the guest ends itself: nil is a power-off, an error a kernel
+// panic with that message, ErrOutOfMemory a guest that ran out of memory. What
+// it writes to console is the console log. It listens for the host with
+// listen; nobody has to.
+type Guest func(ctx context.Context, m Inside) error
+
+// Inside is what a guest sees of its machine.
+type Inside struct {
+	Spec    vmm.Spec
+	Console interface{ Write([]byte) (int, error) }
+	// Listener accepts what Driver.Dial opens. It is closed when the machine ends.
+	Listener net.Listener
+}
+
+// ErrOutOfMemory is returned by a Guest that dies for want of memory.
+var ErrOutOfMemory = errors.New("Kernel panic - not syncing: System is deadlocked on memory")
+
+// Idle is a guest that boots and does nothing. Nobody listens: a dialler is
+// accepted by the kernel's backlog and never answered, as by a hung boot.
+func Idle(ctx context.Context, m Inside) error {
+	_, _ = fmt.Fprintln(m.Console, "fake: booted") // the console never fails
+	<-ctx.Done()
+	return nil
+}
+
+// New makes an empty machine room whose machines run guest; nil is Idle.
+func New(guest Guest) *Driver {
+	if guest == nil {
+		guest = Idle
+	}
+	return &Driver{guest: guest, bootID: "fake-boot", machines: map[int]*vm{}, nextPID: firstPID}
+}
+
+// Capabilities is fixed.
+func (d *Driver) Capabilities() vmm.Capabilities {
+	return vmm.Capabilities{Driver: Name, Version: "0", Accelerator: "none", Reason: "the fake emulates nothing"}
+}
+
+// FailStarts makes the next starts return these errors, one each.
+func (d *Driver) FailStarts(errs ...error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.failStart = append(d.failStart, errs...)
+}
+
+// Starts counts the machines that were started since New.
+func (d *Driver) Starts() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.starts
+}
+
+// Running lists the sandboxes whose machines run.
+func (d *Driver) Running() []sandbox.ID {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var ids []sandbox.ID
+	for _, v := range d.machines {
+		ids = append(ids, v.spec.ID)
+	}
+	return ids
+}
+
+// Reboot ends every machine without a word and changes the boot ID, as a
+// restart of the whole host does.
+func (d *Driver) Reboot(bootID string) {
+	for _, v := range d.all() {
+		v.end(vmm.Exit{Cause: sandbox.CauseVMMCrash, Detail: "fake: the host went down"})
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.bootID = bootID
+}
+
+// Crash ends a machine as the sudden death of its process does.
+func (d *Driver) Crash(id sandbox.ID) error {
+	return d.endOne(id, vmm.Exit{Cause: sandbox.CauseVMMCrash, Detail: "fake: killed by signal SIGKILL"})
+}
+
+// PowerOff ends a machine as its guest's power-off does.
+func (d *Driver) PowerOff(id sandbox.ID) error {
+	return d.endOne(id, vmm.Exit{Cause: sandbox.CauseGuestExit, Detail: "fake: the guest powered off"})
+}
+
+func (d *Driver) endOne(id sandbox.ID, exit vmm.Exit) error {
+	v, err := d.byID(id)
+	if err != nil {
+		return err
+	}
+	v.end(exit)
+	return nil
+}
+
+// Dial opens a connection to the guest's Listener.
+func (d *Driver) Dial(ctx context.Context, id sandbox.ID) (net.Conn, error) {
+	v, err := d.byID(id)
+	if err != nil {
+		return nil, err
+	}
+	var dialer net.Dialer
+	return dialer.DialContext(ctx, "tcp", v.listener.Addr().String())
+}
+
+func (d *Driver) byID(id sandbox.ID) (*vm, error) {
+	for _, v := range d.all() {
+		if v.spec.ID == id {
+			return v, nil
+		}
+	}
+	return nil, sandbox.Errorf(sandbox.KindNotFound, "fake: no machine of %s runs", id)
+}
+
+func (d *Driver) all() []*vm {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var vms []*vm
+	for _, v := range d.machines {
+		vms = append(vms, v)
+	}
+	return vms
+}
+
+// Start boots a guest. It asks for the same things of its Spec as a real driver.
+func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) {
+	if err := errors.Join(ctx.Err(), fault.Point(ctx, "vmmfake/start")); err != nil {
+		return nil, fmt.Errorf("start fake VM: %w", err)
+	}
+	if err := check(spec); err != nil {
+		return nil, err
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, fmt.Errorf("start fake VM: listen for the guest: %w", err)
+	}
+	v, err := d.register(spec, listener)
+	if err != nil {
+		return nil, errors.Join(err, listener.Close())
+	}
+	go v.run(d.guest)
+	return v.handle(), nil
+}
+
+func (d *Driver) register(spec vmm.Spec, listener net.Listener) (*vm, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(d.failStart) > 0 {
+		err := d.failStart[0]
+		d.failStart = d.failStart[1:]
+		return nil, fmt.Errorf("start fake VM: %w", err)
+	}
+	pid := d.nextPID
+	d.nextPID++
+	d.starts++
+	v := newVM(d, spec, listener, vmm.Record{
+		ID: spec.ID, Driver: Name, PID: pid, StartTime: uint64(pid), BootID: d.bootID, Dir: spec.Dir,
+	})
+	d.machines[pid] = v
+	return v, nil
+}
+
+func (d *Driver) forget(pid int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.machines, pid)
+}
+
+// Adopt finds a machine that runs.
+func (d *Driver) Adopt(ctx context.Context, record vmm.Record) (vmm.Machine, error) {
+	if err := errors.Join(ctx.Err(), fault.Point(ctx, "vmmfake/adopt")); err != nil {
+		return nil, fmt.Errorf("adopt fake VM: %w", err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	v := d.machines[record.PID]
+	if v == nil || v.record != record {
+		return nil, sandbox.Errorf(sandbox.KindNotFound, "adopt fake VM of %s: pid %d is gone", record.ID, record.PID)
+	}
+	return v.handle(), nil
+}
+
+// check looks at what a VMM opens. An empty path is allowed: tests of the host
+// need no kernel.
+func check(spec vmm.Spec) error {
+	for _, f := range []struct{ what, path string }{
+		{"kernel", spec.Kernel}, {"initrd", spec.Initrd}, {"disk", spec.DiskPath}, {"directory", spec.Dir},
+	} {
+		if f.path == "" {
+			continue
+		}
+		if _, err := os.Stat(filepath.Clean(f.path)); err != nil {
+			return fmt.Errorf("start fake VM: open %s: %w", f.what, err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,129 @@
+package vmmfake
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/vmm"
+)
+
+// consoleKeep is how much of a console the fake keeps, in bytes.
+const consoleKeep = 64 << 10
+
+// vm is one fake machine. Handles come and go; it stays until it ends.
+type vm struct {
+	driver   *Driver
+	spec     vmm.Spec
+	record   vmm.Record
+	listener net.Listener
+	console  console
+	done     chan struct{}
+	stop     context.CancelFunc
+	ctx      context.Context // the life of the guest, which no call bounds
+
+	once sync.Once
+	exit vmm.Exit // set before done is closed
+}
+
+func newVM(d *Driver, spec vmm.Spec, listener net.Listener, record vmm.Record) *vm {
+	v := &vm{driver: d, spec: spec, record: record, listener: listener, done: make(chan struct{})}
+	v.ctx, v.stop = context.WithCancel(context.Background())
+	return v
+}
+
+func (v *vm) run(guest Guest) {
+	err := guest(v.ctx, Inside{Spec: v.spec, Console: &v.console, Listener: v.listener})
+	exit := vmm.Exit{Cause: sandbox.CauseGuestExit, Detail: "fake: the guest powered off"}
+	if err != nil {
+		exit.Detail = "fake: " + err.Error()
+	}
+	if errors.Is(err, ErrOutOfMemory) {
+		exit.Cause = sandbox.CauseOOMGuest
+	}
+	v.end(exit) // without effect when it was killed
+}
+
+// end is the death of the machine; only the first one counts.
+func (v *vm) end(exit vmm.Exit) {
+	v.once.Do(func() {
+		exit.At = time.Now()
+		v.exit = exit
+		v.stop()
+		_ = v.listener.Close() // nobody dials a dead machine
+		v.driver.forget(v.record.PID)
+		close(v.done)
+	})
+	<-v.done
+}
+
+func (v *vm) handle() *machine { return &machine{vm: v} }
+
+// machine is one handle on a vm.
+type machine struct{ *vm }
+
+func (m *machine) Record() vmm.Record    { return m.record }
+func (m *machine) Done() <-chan struct{} { return m.done }
+func (m *machine) Exit() vmm.Exit        { return m.exit }
+func (m *machine) Release() error        { return nil }
+
+func (m *machine) Console(offset int64, limit int) ([]byte, int64, error) {
+	return m.console.read(offset, limit)
+}
+
+func (m *machine) Kill(context.Context) error {
+	m.end(vmm.Exit{Cause: sandbox.CauseUser, Detail: "fake: killed on request"})
+	return nil
+}
+
+// console is the newest consoleKeep bytes of a stream.
+type console struct {
+	mu    sync.Mutex
+	start int64 // offset of data[0]
+	data  []byte
+}
+
+func (c *console) Write(p []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.data = append(c.data, p...)
+	if extra := len(c.data) - consoleKeep; extra > 0 {
+		c.data = append([]byte(nil), c.data[extra:]...)
+		c.start += int64(extra)
+	}
+	return len(p), nil
+}
+
+func (c *console) read(offset int64, limit int) ([]byte, int64, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	end := c.start + int64(len(c.data))
+	if offset < 0 {
+		offset = end + offset
+	}
+	offset = min(max(offset, c.start), end)
+	stop := min(end, offset+int64(max(limit, 0)))
+	return append([]byte(nil), c.data[offset-c.start:stop-c.start]...), stop, nil
+}
+
+// Serve is a guest whose agent is an http.Handler, reached with Driver.Dial.
+func Serve(handler http.Handler) Guest {
+	return func(ctx context.Context, m Inside) error {
+		protocols := new(http.Protocols)
+		protocols.SetHTTP1(true)
+		protocols.SetUnencryptedHTTP2(true)
+		server := &http.Server{Handler: handler, Protocols: protocols, ReadHeaderTimeout: time.Minute}
+		stop := context.AfterFunc(ctx, func() { _ = server.Close() }) // breaks what is open, as a dead VM does
+		defer stop()
+		_, _ = m.Console.Write([]byte("fake: guest agent listens\n")) // the console never fails
+		err := server.Serve(m.Listener)
+		if ctx.Err() != nil || errors.Is(err, http.ErrServerClosed) || errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+		return err
+	}
+}
