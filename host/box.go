@@ -1,0 +1,134 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/vmm"
+)
+
+// box is one sandbox as the agent holds it.
+type box struct {
+	id sandbox.ID
+
+	// op is held by the verb that changes the sandbox: create, adopt, destroy.
+	// It is taken before mu.
+	op      sync.Mutex
+	machine *machine // guarded by op; nil unless the host has something of it
+
+	// alive ends with the sandbox; its cause is what callers are told.
+	alive context.Context
+	die   context.CancelCauseFunc
+
+	mu    sync.Mutex  // guards what is below; nothing is waited for under it
+	entry entry       // as last written to the journal, or about to be
+	guest *guest      // nil unless running
+	vm    vmm.Machine // for its console; nil unless running
+}
+
+func newBox(e entry) *box {
+	b := &box{id: e.ID, entry: e}
+	b.alive, b.die = context.WithCancelCause(context.Background())
+	return b
+}
+
+// now copies the entry.
+func (b *box) now() entry {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.entry
+}
+
+// set changes the entry in memory.
+func (b *box) set(change func(*entry)) entry {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	change(&b.entry)
+	return b.entry
+}
+
+// agent returns the way to the guest agent, and a context that ends with the
+// caller's or with the sandbox, whichever is first.
+func (b *box) agent(ctx context.Context) (*guest, context.Context, context.CancelFunc, error) {
+	b.mu.Lock()
+	g, e := b.guest, b.entry
+	b.mu.Unlock()
+	if e.State != stateRunning {
+		return nil, nil, nil, errNotRunning(e)
+	}
+	if g == nil {
+		return nil, nil, nil, sandbox.Errorf(sandbox.KindTransient, "sandbox %s is being taken over after a restart; try again", b.id)
+	}
+	joined, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(b.alive, func() { cancel(context.Cause(b.alive)) })
+	return g, joined, func() { stop(); cancel(nil) }, nil
+}
+
+// errNotRunning says why a sandbox cannot do what was asked.
+func errNotRunning(e entry) error {
+	switch e.State {
+	case stateEnded, stateDestroying:
+		return errEnding(e.ID, e.Cause, e.Detail)
+	}
+	return sandbox.Errorf(sandbox.KindConflict, "sandbox %s is %s", e.ID, e.State)
+}
+
+// Phase is how long one step took.
+type Phase struct {
+	Name string        `json:"name"`
+	Took time.Duration `json:"took"`
+}
+
+// stopwatch times the steps of a verb.
+type stopwatch struct {
+	now    func() time.Time
+	last   time.Time
+	phases []Phase
+}
+
+func newStopwatch(now func() time.Time) *stopwatch { return &stopwatch{now: now, last: now()} }
+
+// lap ends the step that began at the last lap.
+func (s *stopwatch) lap(name string) {
+	t := s.now()
+	s.phases = append(s.phases, Phase{name, t.Sub(s.last)})
+	s.last = t
+}
+
+// causeError is an error that ended a sandbox, with the cause to record.
+type causeError struct {
+	cause  sandbox.Cause
+	detail string // what goes into the record; empty when the cause says it all
+	err    error
+}
+
+func (e *causeError) Error() string { return e.err.Error() }
+func (e *causeError) Unwrap() error { return e.err }
+
+func withCause(cause sandbox.Cause, format string, args ...any) error {
+	err := fmt.Errorf(format, args...)
+	return &causeError{cause, err.Error(), err}
+}
+
+// errEnding is what callers are told who wait for something of a sandbox that
+// ends.
+func errEnding(id sandbox.ID, cause sandbox.Cause, detail string) error {
+	text := string(cause)
+	if detail != "" {
+		text += ": " + detail
+	}
+	return &causeError{cause, detail, sandbox.Errorf(sandbox.KindConflict, "sandbox %s has ended (%s)", id, text)}
+}
+
+// causeOf says why a sandbox that is ending ends.
+func causeOf(b *box) (sandbox.Cause, string) {
+	var c *causeError
+	if errors.As(context.Cause(b.alive), &c) {
+		return c.cause, c.detail
+	}
+	return sandbox.CauseUser, ""
+}

@@ -1,0 +1,170 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/dormouse-sandbox/dormouse/internal/fault"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+)
+
+// Destroy ends a sandbox and returns when nothing of it is left. Destroying one
+// that has ended, or that the host does not know, is success.
+func (a *Agent) Destroy(ctx context.Context, id string, cause sandbox.Cause) (Status, error) {
+	if cause == "" {
+		cause = sandbox.CauseUser
+	}
+	if !cause.Valid() {
+		return Status{}, sandbox.Errorf(sandbox.KindInvalid, "unknown cause %q", cause)
+	}
+	b, err := a.box(id)
+	if sandbox.Is(err, sandbox.KindNotFound) {
+		return Status{}, nil
+	}
+	if err != nil {
+		return Status{}, err
+	}
+	if err := a.end(ctx, b, cause, ""); err != nil {
+		return Status{}, err
+	}
+	return statusOf(b.now()), nil
+}
+
+// end takes a sandbox to its end, whatever it is doing: a create under way is
+// cancelled, calls into the guest get the cause. The first cause stays.
+func (a *Agent) end(ctx context.Context, b *box, cause sandbox.Cause, detail string) error {
+	b.die(errEnding(b.id, cause, detail))
+	b.op.Lock()
+	defer b.op.Unlock()
+	e := b.now()
+	if e.State == stateEnded {
+		return nil
+	}
+	// Removing must not stop half-way because the caller went away.
+	ctx = context.WithoutCancel(ctx)
+	if e.State != stateDestroying {
+		if err := fault.Point(ctx, "host/destroy/journal"); err != nil {
+			return err
+		}
+		e.State, e.Cause, e.Detail = stateDestroying, cause, detail
+		if err := a.journal.write("destroy-intent", e); err != nil {
+			return err
+		}
+		b.set(func(live *entry) { live.State, live.Cause, live.Detail = e.State, e.Cause, e.Detail })
+	}
+	return a.finish(ctx, b)
+}
+
+// finish removes what is left of a sandbox that is being destroyed; the caller
+// holds op.
+func (a *Agent) finish(ctx context.Context, b *box) error {
+	b.shut()
+	m := b.machine
+	if m == nil {
+		m = a.remains(ctx, b.now())
+	}
+	if err := m.remove(ctx); err != nil {
+		return fmt.Errorf("destroy %s: %w", b.id, err)
+	}
+	b.machine = nil
+	if err := fault.Point(ctx, "host/destroy/record"); err != nil {
+		return err
+	}
+	e := b.now()
+	if err := a.recordEnd(b, stateEnded, e.Cause, e.Detail); err != nil {
+		return err
+	}
+	a.log.Info("sandbox ended", "sandbox", b.id, "cause", e.Cause)
+	return nil
+}
+
+// recordEnd writes that a sandbox has ended, or that it has to. When the journal
+// cannot be written the sandbox stays destroying in memory and is tried again.
+func (a *Agent) recordEnd(b *box, next state, cause sandbox.Cause, detail string) error {
+	e := b.now()
+	e.State, e.Cause, e.Detail, e.EndedAt = next, cause, clip(detail), a.cfg.Now()
+	e.Slot, e.Disk, e.VMM, e.Token, e.Spec.Env = -1, nil, nil, "", nil
+	err := a.journal.write("destroy-done", e)
+	if err != nil && next == stateEnded {
+		e.State = stateDestroying
+	}
+	b.set(func(live *entry) { *live = e })
+	b.die(errEnding(b.id, cause, detail))
+	if err != nil {
+		a.log.Error("end not recorded yet", "sandbox", b.id, "err", err)
+	}
+	return err
+}
+
+// remains finds what the host still has of a sandbox that this agent did not
+// make. What cannot be found is left to the sweeps.
+func (a *Agent) remains(ctx context.Context, e entry) *machine {
+	m := &machine{a: a, id: e.ID}
+	if e.VMM != nil {
+		if vm, err := a.cfg.VMM.Adopt(ctx, *e.VMM); err == nil {
+			m.vm = vm
+		}
+	}
+	if e.Slot >= 0 {
+		if network, err := a.cfg.Networks.Adopt(ctx, e.Slot); err == nil {
+			m.network = network
+		}
+	}
+	if e.Disk != nil {
+		if d, err := a.cfg.Disks.Restore(ctx, *e.Disk); err == nil {
+			m.disk = d
+		}
+	}
+	return m
+}
+
+// Acknowledge lets the host forget ended sandboxes.
+func (a *Agent) Acknowledge(ids []string) error {
+	var errs []error
+	for _, id := range ids {
+		b, err := a.box(id)
+		if sandbox.Is(err, sandbox.KindNotFound) {
+			continue
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		errs = append(errs, a.forget(b))
+	}
+	return errors.Join(errs...)
+}
+
+func (a *Agent) forget(b *box) error {
+	if e := b.now(); e.State != stateEnded {
+		return sandbox.Errorf(sandbox.KindConflict, "sandbox %s is %s, only ended ones can be acknowledged", b.id, e.State)
+	}
+	if err := a.journal.remove(b.id); err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.boxes, b.id)
+	return nil
+}
+
+// shut keeps callers out.
+func (b *box) shut() {
+	b.mu.Lock()
+	g := b.guest
+	b.guest, b.vm = nil, nil
+	b.mu.Unlock()
+	if g != nil {
+		_ = g.close() // only idle connections: nothing can be lost
+	}
+}
+
+// clip bounds what an entry keeps of an error: a console tail may be long.
+func clip(s string) string {
+	const most = 4000
+	if len(s) > most {
+		return s[:most] + "…"
+	}
+	return s
+}

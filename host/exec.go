@@ -1,0 +1,298 @@
+package host
+
+import (
+	"context"
+	"io"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/process"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+)
+
+// Bounds on a command. The kernel's own are a little higher.
+const (
+	maxArgs     = 4096
+	maxArgBytes = 128 << 10
+	maxCwdBytes = 4096
+)
+
+// A silent stream is kept alive by the agent; one that stays silent for longer
+// has lost its guest.
+const (
+	keepAlive   = 15 * time.Second
+	silenceKept = 2 * time.Minute
+)
+
+// killLimit bounds the killing of a command whose caller went away.
+const killLimit = 10 * time.Second
+
+// Command is a program to run in a sandbox.
+type Command struct {
+	Cmd     string
+	Args    []string
+	Env     map[string]string
+	Cwd     string        // empty: the default
+	User    string        // empty: the default
+	Timeout time.Duration // 0: none
+}
+
+func (c Command) check() error {
+	if c.Cmd == "" {
+		return sandbox.Errorf(sandbox.KindInvalid, "command is empty")
+	}
+	if len(c.Args) > maxArgs {
+		return sandbox.Errorf(sandbox.KindInvalid, "command has %d arguments, at most %d are allowed", len(c.Args), maxArgs)
+	}
+	for _, s := range append([]string{c.Cmd, c.Cwd}, c.Args...) {
+		if len(s) > maxArgBytes {
+			return sandbox.Errorf(sandbox.KindInvalid, "command has an argument of %d bytes, at most %d are allowed", len(s), maxArgBytes)
+		}
+		if strings.ContainsRune(s, 0) {
+			return sandbox.Errorf(sandbox.KindInvalid, "command has an argument with a NUL byte")
+		}
+	}
+	if len(c.Cwd) > maxCwdBytes {
+		return sandbox.Errorf(sandbox.KindInvalid, "cwd has %d bytes, at most %d are allowed", len(c.Cwd), maxCwdBytes)
+	}
+	if c.Timeout < 0 || c.Timeout > sandbox.MaxTimeout {
+		return sandbox.Errorf(sandbox.KindInvalid, "command timeout is %v, must be from 0 to %v", c.Timeout, sandbox.MaxTimeout)
+	}
+	if c.User != "" {
+		if err := sandbox.CheckUser(c.User); err != nil {
+			return err
+		}
+	}
+	return sandbox.CheckEnv(c.Env)
+}
+
+// ExecEnd says how a command ended.
+type ExecEnd struct {
+	ExitCode int
+	Exited   bool // false: it died by a signal
+	Status   string
+	TimedOut bool
+}
+
+// Process is a command in a guest.
+type Process struct {
+	g        *guest
+	user     string
+	pid      uint32
+	ctx      context.Context
+	cancel   context.CancelFunc
+	stream   *connect.ServerStreamForClient[process.StartResponse]
+	watchdog *time.Timer
+	deadline *time.Timer
+	timedOut chan struct{} // closed when the deadline killed it
+}
+
+// Start starts a command; the caller must call Finish.
+func (a *Agent) Start(ctx context.Context, id string, c Command, stdin bool) (*Process, error) {
+	if err := c.check(); err != nil {
+		return nil, err
+	}
+	b, err := a.box(id)
+	if err != nil {
+		return nil, err
+	}
+	g, ctx, cancel, err := b.agent(ctx)
+	if err != nil {
+		return nil, err
+	}
+	r := &Process{g: g, user: c.User, ctx: ctx, cancel: cancel, timedOut: make(chan struct{})}
+	if err := r.open(c, stdin); err != nil {
+		cancel()
+		return nil, err
+	}
+	return r, nil
+}
+
+// open sends the start request and waits for the first event.
+func (r *Process) open(c Command, stdin bool) error {
+	req := connect.NewRequest(&process.StartRequest{
+		Process: &process.ProcessConfig{Cmd: c.Cmd, Args: c.Args, Envs: c.Env},
+		Stdin:   &stdin,
+	})
+	if c.Cwd != "" {
+		req.Msg.Process.Cwd = &c.Cwd
+	}
+	r.g.sign(req.Header(), c.User)
+	req.Header().Set("Keepalive-Ping-Interval", "15")
+	ctx, stop := context.WithCancelCause(r.ctx)
+	r.ctx = ctx
+	r.watchdog = time.AfterFunc(silenceKept, func() {
+		stop(sandbox.Errorf(sandbox.KindTransient, "the guest agent has been silent for %v", silenceKept))
+	})
+	stream, err := r.g.processes.Start(ctx, req)
+	if err != nil {
+		return rpcError(ctx, err)
+	}
+	r.stream = stream
+	if !stream.Receive() {
+		err := stream.Err()
+		if err == nil {
+			err = io.ErrUnexpectedEOF
+		}
+		_ = stream.Close() // the error is the news
+		return rpcError(ctx, err)
+	}
+	r.pid = stream.Msg().GetEvent().GetStart().GetPid()
+	if c.Timeout > 0 {
+		r.deadline = time.AfterFunc(c.Timeout, func() {
+			close(r.timedOut)
+			_ = r.signal(ctx, process.Signal_SIGNAL_SIGKILL) // if the guest is gone the watchdog ends it
+		})
+	}
+	return nil
+}
+
+// Output hands every piece of output to fn until the command ends. It waits for
+// fn: that is how a slow reader slows the command.
+func (r *Process) Output(fn func(stdout, stderr []byte) error) (ExecEnd, error) {
+	for r.stream.Receive() {
+		r.watchdog.Reset(silenceKept)
+		event := r.stream.Msg().GetEvent()
+		if end := event.GetEnd(); end != nil {
+			return r.endOf(end), nil
+		}
+		if data := event.GetData(); data != nil {
+			r.watchdog.Stop() // a slow reader is not a silent guest
+			if err := fn(data.GetStdout(), data.GetStderr()); err != nil {
+				return ExecEnd{}, err
+			}
+			r.watchdog.Reset(silenceKept)
+		}
+	}
+	err := r.stream.Err()
+	if err == nil {
+		err = io.ErrUnexpectedEOF
+	}
+	return ExecEnd{}, rpcError(r.ctx, err)
+}
+
+func (r *Process) endOf(end *process.ProcessEvent_EndEvent) ExecEnd {
+	out := ExecEnd{ExitCode: int(end.ExitCode), Exited: end.Exited, Status: end.Status}
+	select {
+	case <-r.timedOut:
+		out.TimedOut = !end.Exited // one that ended by itself just then did not time out
+	default:
+	}
+	return out
+}
+
+// Input sends bytes to the command and waits until the agent has written them.
+func (r *Process) Input(data []byte) error {
+	req := connect.NewRequest(&process.SendInputRequest{
+		Process: r.selector(),
+		Input:   &process.ProcessInput{Input: &process.ProcessInput_Stdin{Stdin: data}},
+	})
+	r.g.sign(req.Header(), r.user)
+	_, err := r.g.processes.SendInput(r.ctx, req)
+	return rpcError(r.ctx, err)
+}
+
+// CloseInput ends the command's input.
+func (r *Process) CloseInput() error {
+	req := connect.NewRequest(&process.CloseStdinRequest{Process: r.selector()})
+	r.g.sign(req.Header(), r.user)
+	_, err := r.g.processes.CloseStdin(r.ctx, req)
+	return rpcError(r.ctx, err)
+}
+
+// PID is the command's process ID inside the guest.
+func (r *Process) PID() uint32 { return r.pid }
+
+// Kill sends SIGTERM (15) or SIGKILL (9).
+func (r *Process) Kill(signal int32) error {
+	switch s := process.Signal(signal); s {
+	case process.Signal_SIGNAL_SIGKILL, process.Signal_SIGNAL_SIGTERM:
+		return r.signal(r.ctx, s)
+	}
+	return sandbox.Errorf(sandbox.KindInvalid, "signal %d: only 9 and 15 can be sent", signal)
+}
+
+func (r *Process) signal(ctx context.Context, sig process.Signal) error {
+	req := connect.NewRequest(&process.SendSignalRequest{Process: r.selector(), Signal: sig})
+	r.g.sign(req.Header(), r.user)
+	_, err := r.g.processes.SendSignal(ctx, req)
+	return rpcError(ctx, err)
+}
+
+func (r *Process) selector() *process.ProcessSelector {
+	return &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: r.pid}}
+}
+
+// Finish lets go of the command. One that has not ended is killed: whoever
+// started it is gone.
+func (r *Process) Finish(ended bool) {
+	r.watchdog.Stop()
+	if r.deadline != nil {
+		r.deadline.Stop()
+	}
+	if !ended && r.pid != 0 {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.ctx), killLimit)
+		_ = r.signal(ctx, process.Signal_SIGNAL_SIGKILL) // the guest may be gone with it
+		cancel()
+	}
+	r.cancel()
+	_ = r.stream.Close() // cancelled: what it says is no news
+}
+
+// ExecResult is what a command left that ran to its end.
+type ExecResult struct {
+	Stdout, Stderr                   []byte
+	StdoutTruncated, StderrTruncated bool
+	End                              ExecEnd
+}
+
+// Exec runs a command to its end and keeps the first max bytes of each of its
+// outputs.
+func (a *Agent) Exec(ctx context.Context, id string, c Command, stdin []byte, max int) (ExecResult, error) {
+	r, err := a.Start(ctx, id, c, len(stdin) > 0)
+	if err != nil {
+		return ExecResult{}, err
+	}
+	ended := false
+	defer func() { r.Finish(ended) }()
+	fed := make(chan struct{})
+	go func() {
+		defer close(fed)
+		r.feed(stdin)
+	}()
+	defer func() { r.cancel(); <-fed }()
+	var out ExecResult
+	out.End, err = r.Output(func(stdout, stderr []byte) error {
+		out.StdoutTruncated = keep(&out.Stdout, stdout, max) || out.StdoutTruncated
+		out.StderrTruncated = keep(&out.Stderr, stderr, max) || out.StderrTruncated
+		return nil
+	})
+	ended = err == nil
+	return out, err
+}
+
+// feed writes all of stdin. A command that does not read it, or has ended, is
+// no error: its exit says what happened.
+func (r *Process) feed(stdin []byte) {
+	const piece = 64 << 10
+	for len(stdin) > 0 {
+		n := min(len(stdin), piece)
+		if r.Input(stdin[:n]) != nil {
+			return
+		}
+		stdin = stdin[n:]
+	}
+	_ = r.CloseInput() // as above
+}
+
+// keep appends what fits and says whether something did not.
+func keep(to *[]byte, data []byte, max int) (cut bool) {
+	room := max - len(*to)
+	if len(data) > room {
+		data, cut = data[:room], true
+	}
+	*to = append(*to, data...)
+	return cut
+}

@@ -1,0 +1,215 @@
+package host
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"net/http"
+	"strings"
+
+	"connectrpc.com/connect"
+
+	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
+	"github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/filesystem"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+)
+
+// maxPathBytes is the kernel's own bound on a path.
+const maxPathBytes = 4096
+
+// maxDepth bounds a recursive listing.
+const maxDepth = 64
+
+// FileRef names a file in a sandbox, as one of its users.
+type FileRef struct {
+	ID   string
+	Path string
+	User string // empty: the default
+}
+
+func (f FileRef) check() error {
+	if f.User != "" {
+		if err := sandbox.CheckUser(f.User); err != nil {
+			return err
+		}
+	}
+	return checkPath(f.Path)
+}
+
+func checkPath(path string) error {
+	switch {
+	case path == "":
+		return sandbox.Errorf(sandbox.KindInvalid, "path is empty")
+	case len(path) > maxPathBytes:
+		return sandbox.Errorf(sandbox.KindInvalid, "path has %d bytes, at most %d are allowed", len(path), maxPathBytes)
+	case strings.ContainsRune(path, 0):
+		return sandbox.Errorf(sandbox.KindInvalid, "path has a NUL byte")
+	}
+	return nil
+}
+
+// call runs one request of the guest's filesystem service.
+func call[Req, Res any](
+	ctx context.Context, a *Agent, f FileRef, msg *Req,
+	rpc func(*guest) func(context.Context, *connect.Request[Req]) (*connect.Response[Res], error),
+) (*Res, error) {
+	if err := f.check(); err != nil {
+		return nil, err
+	}
+	b, err := a.box(f.ID)
+	if err != nil {
+		return nil, err
+	}
+	g, ctx, cancel, err := b.agent(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer cancel()
+	req := connect.NewRequest(msg)
+	g.sign(req.Header(), f.User)
+	res, err := rpc(g)(ctx, req)
+	if err != nil {
+		return nil, rpcError(ctx, err)
+	}
+	return res.Msg, nil
+}
+
+type (
+	fsEntry = filesystem.EntryInfo
+	fsCtx   = context.Context
+)
+
+// Stat describes one file.
+func (a *Agent) Stat(ctx context.Context, f FileRef) (*fsEntry, error) {
+	res, err := call(ctx, a, f, &filesystem.StatRequest{Path: f.Path},
+		func(g *guest) func(fsCtx, *connect.Request[filesystem.StatRequest]) (*connect.Response[filesystem.StatResponse], error) {
+			return g.files.Stat
+		})
+	return res.GetEntry(), err
+}
+
+// ListDir lists a directory down to a depth; 0 means 1.
+func (a *Agent) ListDir(ctx context.Context, f FileRef, depth uint32) ([]*fsEntry, error) {
+	if depth > maxDepth {
+		return nil, sandbox.Errorf(sandbox.KindInvalid, "depth is %d, must be from 0 to %d", depth, maxDepth)
+	}
+	res, err := call(ctx, a, f, &filesystem.ListDirRequest{Path: f.Path, Depth: depth},
+		func(g *guest) func(fsCtx, *connect.Request[filesystem.ListDirRequest]) (*connect.Response[filesystem.ListDirResponse], error) {
+			return g.files.ListDir
+		})
+	return res.GetEntries(), err
+}
+
+// MakeDir makes a directory and its parents.
+func (a *Agent) MakeDir(ctx context.Context, f FileRef) (*fsEntry, error) {
+	res, err := call(ctx, a, f, &filesystem.MakeDirRequest{Path: f.Path},
+		func(g *guest) func(fsCtx, *connect.Request[filesystem.MakeDirRequest]) (*connect.Response[filesystem.MakeDirResponse], error) {
+			return g.files.MakeDir
+		})
+	return res.GetEntry(), err
+}
+
+// Move renames a file or directory.
+func (a *Agent) Move(ctx context.Context, f FileRef, to string) (*fsEntry, error) {
+	if err := checkPath(to); err != nil {
+		return nil, err
+	}
+	res, err := call(ctx, a, f, &filesystem.MoveRequest{Source: f.Path, Destination: to},
+		func(g *guest) func(fsCtx, *connect.Request[filesystem.MoveRequest]) (*connect.Response[filesystem.MoveResponse], error) {
+			return g.files.Move
+		})
+	return res.GetEntry(), err
+}
+
+// Remove deletes a file or a whole directory; a missing one is success.
+func (a *Agent) Remove(ctx context.Context, f FileRef) error {
+	_, err := call(ctx, a, f, &filesystem.RemoveRequest{Path: f.Path},
+		func(g *guest) func(fsCtx, *connect.Request[filesystem.RemoveRequest]) (*connect.Response[filesystem.RemoveResponse], error) {
+			return g.files.Remove
+		})
+	return err
+}
+
+// ReadFile hands a file's size to begin, then its bytes to piece, in order. It
+// waits for piece: nothing is buffered beyond one of them.
+func (a *Agent) ReadFile(ctx context.Context, f FileRef, begin func(size int64) error, piece func([]byte) error) error {
+	g, ctx, cancel, err := a.fileAgent(ctx, f)
+	if err != nil {
+		return err
+	}
+	defer cancel()
+	res, err := g.do(ctx, http.MethodGet, filesURL(f.Path, f.User), nil, nil)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = res.Body.Close() }() // read to its end, or given up
+	if err := begin(res.ContentLength); err != nil {
+		return err
+	}
+	buf := make([]byte, 256<<10)
+	for {
+		n, err := res.Body.Read(buf)
+		if n > 0 {
+			if err := piece(buf[:n]); err != nil {
+				return err
+			}
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return unanswered(ctx, err)
+		}
+	}
+}
+
+// WriteFile replaces a file with what it reads, whole: when the source fails,
+// the old file stays.
+func (a *Agent) WriteFile(ctx context.Context, f FileRef, source io.Reader) (path string, size int64, err error) {
+	g, ctx, cancel, err := a.fileAgent(ctx, f)
+	if err != nil {
+		return "", 0, err
+	}
+	defer cancel()
+	counted := &countingReader{r: source}
+	res, err := g.do(ctx, http.MethodPost, filesURL(f.Path, f.User), counted, http.Header{"Content-Type": {"application/octet-stream"}})
+	if err != nil {
+		if counted.err != nil {
+			return "", 0, counted.err
+		}
+		return "", 0, err
+	}
+	defer func() { _ = res.Body.Close() }() // read below
+	var written []guestapi.WrittenFile
+	if err := json.NewDecoder(io.LimitReader(res.Body, 1<<20)).Decode(&written); err != nil || len(written) != 1 {
+		return "", 0, sandbox.Errorf(sandbox.KindInternal, "the guest agent's answer to a write is not understood: %v", err)
+	}
+	return written[0].Path, counted.n, nil
+}
+
+func (a *Agent) fileAgent(ctx context.Context, f FileRef) (*guest, context.Context, context.CancelFunc, error) {
+	if err := f.check(); err != nil {
+		return nil, nil, nil, err
+	}
+	b, err := a.box(f.ID)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	return b.agent(ctx)
+}
+
+// countingReader counts what passes and remembers the source's own error.
+type countingReader struct {
+	r   io.Reader
+	n   int64
+	err error
+}
+
+func (c *countingReader) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.n += int64(n)
+	if err != nil && err != io.EOF {
+		c.err = err
+	}
+	return n, err
+}

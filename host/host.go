@@ -1,0 +1,229 @@
+package host
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/dormouse-sandbox/dormouse/disk"
+	"github.com/dormouse-sandbox/dormouse/internal/osfs"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/template"
+	"github.com/dormouse-sandbox/dormouse/vmm"
+)
+
+// Network is one sandbox's network, as package netns makes it.
+type Network interface {
+	Index() int
+	NetNS() string
+	OpenTap() (*os.File, error)
+	MAC() string
+	Guest() netip.Prefix
+	Gateway() netip.Addr
+	Dial(ctx context.Context, network, address string) (net.Conn, error)
+	// SetInternet opens or closes the way to public addresses.
+	SetInternet(ctx context.Context, allowed bool) error
+	// Close removes everything of it; calling it again finishes what was left.
+	Close(ctx context.Context) error
+}
+
+// Networks makes them. Adopt's error for one that is not there any more is
+// not_found.
+type Networks interface {
+	Acquire(ctx context.Context) (Network, error)
+	Adopt(ctx context.Context, index int) (Network, error)
+	Sweep(ctx context.Context) error
+}
+
+// Templates is where images come from.
+type Templates interface {
+	Get(name string) (template.Template, error)
+	List() ([]template.Template, error)
+}
+
+// Config is what an agent works with. Everything without a "default" is needed.
+type Config struct {
+	Dir      string // durable state: journal, keys, disks
+	RunDir   string // sockets and console logs; may vanish with a reboot. Short: sockets live in it
+	Instance string // unique on this machine, [a-z0-9]{5}
+	Version  string
+
+	VMM       vmm.Driver
+	Disks     disk.Driver
+	Networks  Networks
+	Templates Templates
+	Kernel    string // guest kernel image
+	Initrd    string // initramfs with the guest agent
+
+	// UIDBase is the first of the user IDs that VMM processes run as, one per
+	// network slot; 0 leaves them as the agent's own (tests without root).
+	UIDBase int
+
+	MaxSandboxes int           // default 1000
+	MaxMemMiB    int           // of all sandboxes together; default what the machine has, less 512 MiB
+	MinFreeMiB   int           // free disk below which creates are refused; default 1024
+	MaxBoots     int           // VMs booting at the same time; default the number of CPUs
+	BootTimeout  time.Duration // from the VMM's start to the guest's first answer; default 60 s
+
+	Log *slog.Logger     // default: none
+	Now func() time.Time // default time.Now
+}
+
+// Agent owns the sandboxes of one machine. Only one may be open on a Dir.
+type Agent struct {
+	cfg     Config
+	log     *slog.Logger
+	journal journal
+	key     ed25519.PrivateKey // signs what only the host may ask of a guest
+	bootID  string
+	lock    *os.File
+	boots   chan struct{} // a token each for VMs that boot at the same time
+
+	// ctx ends when the agent closes; VMs do not end with it.
+	ctx  context.Context
+	stop context.CancelFunc
+	wg   sync.WaitGroup
+
+	mu      sync.Mutex // guards what is below; nothing is waited for under it
+	boxes   map[sandbox.ID]*box
+	closed  bool
+	unswept bool // a stranded sandbox holds back the sweep of networks and processes
+}
+
+// Open takes over what an earlier agent left: running VMs are adopted, what was
+// half made or half removed is removed, and what nobody owns is swept.
+func Open(ctx context.Context, cfg Config) (_ *Agent, err error) {
+	cfg = cfg.withDefaults()
+	for _, dir := range []string{cfg.Dir, cfg.RunDir, filepath.Join(cfg.Dir, "journal"), filepath.Join(cfg.Dir, "sandboxes"), filepath.Join(cfg.Dir, "consoles")} {
+		if err := osfs.MkdirAll("host-dirs", dir, 0o711); err != nil {
+			return nil, fmt.Errorf("make %s: %w", dir, err)
+		}
+	}
+	lock, err := lockDir(cfg.Dir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, lock.Close())
+		}
+	}()
+	key, err := loadKey(filepath.Join(cfg.Dir, "host.key"))
+	if err != nil {
+		return nil, fmt.Errorf("host key: %w", err)
+	}
+	bootID, err := readBootID()
+	if err != nil {
+		return nil, fmt.Errorf("boot ID: %w", err)
+	}
+	a := &Agent{
+		cfg: cfg, log: cfg.Log, journal: journal{dir: filepath.Join(cfg.Dir, "journal")}, key: key, bootID: bootID,
+		lock: lock, boots: make(chan struct{}, cfg.MaxBoots), boxes: map[sandbox.ID]*box{},
+	}
+	a.ctx, a.stop = context.WithCancel(context.Background())
+	if err := a.recover(ctx); err != nil {
+		a.stop()
+		a.wg.Wait()
+		return nil, fmt.Errorf("recover: %w", err)
+	}
+	a.wg.Go(a.keepHouse)
+	return a, nil
+}
+
+func (c Config) withDefaults() Config {
+	if c.MaxSandboxes == 0 {
+		c.MaxSandboxes = 1000
+	}
+	if c.MaxMemMiB == 0 {
+		c.MaxMemMiB = max(sandbox.MinMemMiB, memTotalMiB()-512)
+	}
+	if c.MinFreeMiB == 0 {
+		c.MinFreeMiB = 1024
+	}
+	if c.MaxBoots == 0 {
+		c.MaxBoots = runtime.NumCPU()
+	}
+	if c.BootTimeout == 0 {
+		c.BootTimeout = 60 * time.Second
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	return c
+}
+
+// Close stops the agent and leaves every VM running for the next one. Calls
+// under way end with an error.
+func (a *Agent) Close() error {
+	a.mu.Lock()
+	if a.closed {
+		a.mu.Unlock()
+		return nil
+	}
+	a.closed = true
+	boxes := a.snapshot()
+	a.mu.Unlock()
+
+	a.stop()
+	var errs []error
+	for _, b := range boxes {
+		b.op.Lock() // a create or destroy under way ends first
+		if b.machine != nil {
+			errs = append(errs, b.machine.release())
+		}
+		b.op.Unlock()
+	}
+	a.wg.Wait()
+	return errors.Join(append(errs, a.lock.Close())...)
+}
+
+// snapshot lists the sandboxes; the caller holds mu.
+func (a *Agent) snapshot() []*box {
+	boxes := make([]*box, 0, len(a.boxes))
+	for _, b := range a.boxes {
+		boxes = append(boxes, b)
+	}
+	return boxes
+}
+
+// all lists the sandboxes.
+func (a *Agent) all() []*box {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.snapshot()
+}
+
+// box finds a sandbox by an ID from outside.
+func (a *Agent) box(id string) (*box, error) {
+	parsed, err := sandbox.ParseID(id)
+	if err != nil {
+		return nil, err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	b, ok := a.boxes[parsed]
+	if !ok {
+		return nil, sandbox.Errorf(sandbox.KindNotFound, "sandbox %s is not on this host", parsed)
+	}
+	return b, nil
+}
+
+// runDir is where a sandbox's socket and console log are.
+func (a *Agent) runDir(id sandbox.ID) string { return filepath.Join(a.cfg.RunDir, string(id)) }
+
+// stateDir is where a sandbox's disk is.
+func (a *Agent) stateDir(id sandbox.ID) string {
+	return filepath.Join(a.cfg.Dir, "sandboxes", string(id))
+}

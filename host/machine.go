@@ -1,0 +1,128 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+
+	"github.com/dormouse-sandbox/dormouse/disk"
+	"github.com/dormouse-sandbox/dormouse/internal/fault"
+	"github.com/dormouse-sandbox/dormouse/internal/osfs"
+	"github.com/dormouse-sandbox/dormouse/internal/undo"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/vmm"
+)
+
+// machine is what the host has of one sandbox: folders, disk, network and VM.
+// Parts that it never had are nil.
+type machine struct {
+	a       *Agent
+	id      sandbox.ID
+	disk    disk.Disk
+	config  disk.Config // what disk was made from
+	network Network
+	vm      vmm.Machine
+}
+
+// remove takes all of it away, the VM first. Every step runs even if one before
+// it failed, and each may be repeated: after an error remove is called again.
+func (m *machine) remove(ctx context.Context) error {
+	var u undo.Stack
+	u.Push("folders", m.removeDirs)
+	u.Push("disk", m.removeDisk)
+	u.Push("network", m.removeNetwork)
+	u.Push("vm", m.removeVM)
+	return u.Run(ctx)
+}
+
+func (m *machine) removeVM(ctx context.Context) error {
+	if err := fault.Point(ctx, "host/destroy/vm"); err != nil {
+		return err
+	}
+	if m.vm == nil {
+		return nil
+	}
+	if err := m.vm.Kill(ctx); err != nil {
+		return err
+	}
+	m.keepConsole()
+	return m.vm.Release()
+}
+
+func (m *machine) removeNetwork(ctx context.Context) error {
+	if err := fault.Point(ctx, "host/destroy/network"); err != nil {
+		return err
+	}
+	if m.network == nil {
+		return nil
+	}
+	return m.network.Close(ctx)
+}
+
+func (m *machine) removeDisk(ctx context.Context) error {
+	if err := fault.Point(ctx, "host/destroy/disk"); err != nil {
+		return err
+	}
+	if m.disk == nil {
+		return nil
+	}
+	return m.disk.Remove(ctx)
+}
+
+func (m *machine) removeDirs(ctx context.Context) error {
+	if err := fault.Point(ctx, "host/destroy/folders"); err != nil {
+		return err
+	}
+	return errors.Join(
+		os.RemoveAll(m.a.runDir(m.id)), // nothing in it outlives the VM: durability does not matter
+		osfs.RemoveAll("sandbox-dir", m.a.stateDir(m.id)),
+	)
+}
+
+// release gives up the handles and leaves everything as it is.
+func (m *machine) release() error {
+	var errs []error
+	if m.vm != nil {
+		errs = append(errs, m.vm.Release())
+	}
+	if m.disk != nil {
+		errs = append(errs, m.disk.Close(context.Background()))
+	}
+	return errors.Join(errs...)
+}
+
+// keptConsole is how much of an ended VM's console stays readable.
+const keptConsole = 256 << 10
+
+// keepConsole saves the end of the console log, so that it can be read after
+// the sandbox is gone. It is a courtesy: failing it fails nothing.
+func (m *machine) keepConsole() {
+	data, _, err := m.vm.Console(-keptConsole, keptConsole)
+	if err == nil && len(data) > 0 {
+		err = os.WriteFile(m.a.consolePath(m.id), data, 0o600)
+	}
+	if err != nil {
+		m.a.log.Warn("console log not kept", "sandbox", m.id, "err", err)
+	}
+}
+
+func (a *Agent) consolePath(id sandbox.ID) string {
+	return filepath.Join(a.cfg.Dir, "consoles", string(id)+".log")
+}
+
+// watch waits for the VM's end and destroys the rest of the sandbox.
+func (a *Agent) watch(b *box, vm vmm.Machine) {
+	select {
+	case <-vm.Done():
+	case <-a.ctx.Done():
+		return
+	case <-b.alive.Done():
+		return // somebody else is ending it
+	}
+	exit := vm.Exit()
+	a.log.Warn("vm ended by itself", "sandbox", b.id, "cause", exit.Cause, "detail", exit.Detail)
+	if err := a.end(a.ctx, b, exit.Cause, exit.Detail); err != nil {
+		a.log.Error("sandbox not removed yet", "sandbox", b.id, "err", err)
+	}
+}

@@ -1,0 +1,187 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/dormouse-sandbox/dormouse/internal/osfs"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+)
+
+// recover brings the host and the journal together after a start.
+//
+// Running sandboxes are adopted. What was being made or removed is removed. At
+// last everything that carries our instance and that nobody owns is swept. A
+// running VM that cannot be adopted right now (rather than: is gone) is kept and
+// tried again; until then nothing is swept.
+func (a *Agent) recover(ctx context.Context) error {
+	entries, err := a.journal.load()
+	if err != nil {
+		return err
+	}
+	var unfinished []*box
+	for _, e := range entries {
+		b := newBox(e)
+		a.boxes[e.ID] = b
+		switch e.State {
+		case stateRunning:
+			a.takeOver(ctx, b)
+		case stateCreating:
+			a.abandon(b)
+			unfinished = append(unfinished, b)
+		case stateDestroying:
+			unfinished = append(unfinished, b)
+		case stateEnded:
+			b.die(errNotRunning(e))
+		}
+	}
+	for _, b := range a.boxes {
+		if b.now().State == stateDestroying && !contains(unfinished, b) {
+			unfinished = append(unfinished, b)
+		}
+	}
+	if err := a.sweep(ctx); err != nil {
+		return err
+	}
+	for _, b := range unfinished {
+		b.op.Lock()
+		err := a.finish(ctx, b)
+		b.op.Unlock()
+		if err != nil {
+			a.log.Error("sandbox not removed yet", "sandbox", b.id, "err", err) // house-keeping goes on with it
+		}
+	}
+	return nil
+}
+
+// abandon marks a create that the previous agent did not live to finish.
+func (a *Agent) abandon(b *box) {
+	b.set(func(e *entry) {
+		e.State, e.Cause, e.Detail = stateDestroying, sandbox.CauseAgentCrash, "the host agent died during its create"
+	})
+}
+
+// takeOver adopts a running sandbox, or finds out how it ended.
+func (a *Agent) takeOver(ctx context.Context, b *box) {
+	b.op.Lock()
+	defer b.op.Unlock()
+	e := b.now()
+	if e.State != stateRunning || b.machine != nil {
+		return
+	}
+	if e.VMM.BootID != a.bootID {
+		a.lost(b, sandbox.CauseHostReboot, "the machine was started anew")
+		return
+	}
+	m, err := a.adopt(ctx, e)
+	switch {
+	case sandbox.Is(err, sandbox.KindNotFound):
+		a.lost(b, sandbox.CauseVMMCrash, fmt.Sprintf("gone when the host agent started: %v", err))
+	case err != nil:
+		a.log.Error("running vm not adopted, will try again", "sandbox", b.id, "err", err)
+		a.setUnswept()
+	default:
+		b.machine = m
+		b.mu.Lock()
+		b.guest, b.vm = a.newGuest(m.network, e.Token), m.vm
+		b.mu.Unlock()
+		a.wg.Go(func() { a.watch(b, m.vm) })
+		a.log.Info("sandbox adopted", "sandbox", b.id, "pid", e.VMM.PID)
+	}
+}
+
+// lost marks a sandbox whose VM is gone; recover removes the rest.
+func (a *Agent) lost(b *box, cause sandbox.Cause, detail string) {
+	b.set(func(e *entry) { e.State, e.Cause, e.Detail = stateDestroying, cause, detail })
+	b.die(errEnding(b.id, cause, detail))
+}
+
+// adopt finds every part of a running machine again.
+func (a *Agent) adopt(ctx context.Context, e entry) (_ *machine, err error) {
+	m := &machine{a: a, id: e.ID, config: *e.Disk}
+	if m.vm, err = a.cfg.VMM.Adopt(ctx, *e.VMM); err != nil {
+		return nil, fmt.Errorf("adopt vm: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.vm.Release())
+		}
+	}()
+	if m.disk, err = a.cfg.Disks.Restore(ctx, *e.Disk); err != nil {
+		return nil, fmt.Errorf("restore disk: %w", err)
+	}
+	if m.network, err = a.cfg.Networks.Adopt(ctx, e.Slot); err != nil {
+		return nil, fmt.Errorf("adopt network: %w", err)
+	}
+	if err = m.network.SetInternet(ctx, e.Spec.Network.Internet); err != nil {
+		return nil, fmt.Errorf("open network: %w", err)
+	}
+	return m, nil
+}
+
+func (a *Agent) setUnswept() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.unswept = true
+}
+
+// sweep removes VMM processes, networks and folders that no sandbox owns. While
+// a running one is not adopted yet it does nothing.
+func (a *Agent) sweep(ctx context.Context) error {
+	a.mu.Lock()
+	hold := a.unswept
+	a.mu.Unlock()
+	if hold {
+		return nil
+	}
+	return errors.Join(
+		wrap("sweep vms", a.cfg.VMM.Sweep(ctx, a.cfg.RunDir)),
+		wrap("sweep networks", a.cfg.Networks.Sweep(ctx)),
+		wrap("sweep folders", a.sweepDirs()),
+	)
+}
+
+// sweepDirs removes folders of sandboxes that are not in the journal.
+func (a *Agent) sweepDirs() error {
+	var errs []error
+	for _, parent := range []string{filepath.Join(a.cfg.Dir, "sandboxes"), a.cfg.RunDir} {
+		errs = append(errs, osfs.SweepTemp(parent))
+		dirs, err := os.ReadDir(parent)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		for _, d := range dirs {
+			id, err := sandbox.ParseID(d.Name())
+			if err != nil {
+				continue // not ours
+			}
+			a.mu.Lock()
+			_, known := a.boxes[id]
+			a.mu.Unlock()
+			if !known {
+				errs = append(errs, os.RemoveAll(filepath.Join(parent, d.Name())))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func contains(boxes []*box, b *box) bool {
+	for _, other := range boxes {
+		if other == b {
+			return true
+		}
+	}
+	return false
+}
+
+func wrap(what string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}

@@ -1,0 +1,118 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"io"
+
+	"connectrpc.com/connect"
+
+	"github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/filesystem"
+	"github.com/dormouse-sandbox/dormouse/host"
+	"github.com/dormouse-sandbox/dormouse/host/hostapi"
+	hostv1 "github.com/dormouse-sandbox/dormouse/host/hostapi/gen/dormouse/host/v1"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+)
+
+var fileTypes = map[filesystem.FileType]string{
+	filesystem.FileType_FILE_TYPE_FILE:      "file",
+	filesystem.FileType_FILE_TYPE_DIRECTORY: "directory",
+	filesystem.FileType_FILE_TYPE_SYMLINK:   "symlink",
+}
+
+func encodeFile(e *filesystem.EntryInfo) *hostv1.FileEntry {
+	if e == nil {
+		return nil
+	}
+	kind, ok := fileTypes[e.GetType()]
+	if !ok {
+		kind = "other"
+	}
+	return &hostv1.FileEntry{
+		Name: e.GetName(), Path: e.GetPath(), Type: kind, Size: e.GetSize(), Mode: e.GetMode(), Permissions: e.GetPermissions(),
+		Owner: e.GetOwner(), Group: e.GetGroup(), ModifiedAt: e.GetModifiedTime(), SymlinkTarget: e.GetSymlinkTarget(),
+	}
+}
+
+func (s *server) StatFile(ctx context.Context, req *connect.Request[hostv1.StatFileRequest]) (*connect.Response[hostv1.StatFileResponse], error) {
+	m := req.Msg
+	e, err := s.agent.Stat(ctx, host.FileRef{ID: m.GetId(), Path: m.GetPath(), User: m.GetUser()})
+	return answer(&hostv1.StatFileResponse{Entry: encodeFile(e)}, err)
+}
+
+func (s *server) ListDir(ctx context.Context, req *connect.Request[hostv1.ListDirRequest]) (*connect.Response[hostv1.ListDirResponse], error) {
+	m := req.Msg
+	entries, err := s.agent.ListDir(ctx, host.FileRef{ID: m.GetId(), Path: m.GetPath(), User: m.GetUser()}, m.GetDepth())
+	out := &hostv1.ListDirResponse{}
+	for _, e := range entries {
+		out.Entries = append(out.Entries, encodeFile(e))
+	}
+	return answer(out, err)
+}
+
+func (s *server) MakeDir(ctx context.Context, req *connect.Request[hostv1.MakeDirRequest]) (*connect.Response[hostv1.MakeDirResponse], error) {
+	m := req.Msg
+	e, err := s.agent.MakeDir(ctx, host.FileRef{ID: m.GetId(), Path: m.GetPath(), User: m.GetUser()})
+	return answer(&hostv1.MakeDirResponse{Entry: encodeFile(e)}, err)
+}
+
+func (s *server) MoveFile(ctx context.Context, req *connect.Request[hostv1.MoveFileRequest]) (*connect.Response[hostv1.MoveFileResponse], error) {
+	m := req.Msg
+	e, err := s.agent.Move(ctx, host.FileRef{ID: m.GetId(), Path: m.GetSource(), User: m.GetUser()}, m.GetDestination())
+	return answer(&hostv1.MoveFileResponse{Entry: encodeFile(e)}, err)
+}
+
+func (s *server) RemoveFile(ctx context.Context, req *connect.Request[hostv1.RemoveFileRequest]) (*connect.Response[hostv1.RemoveFileResponse], error) {
+	m := req.Msg
+	err := s.agent.Remove(ctx, host.FileRef{ID: m.GetId(), Path: m.GetPath(), User: m.GetUser()})
+	return answer(&hostv1.RemoveFileResponse{}, err)
+}
+
+func (s *server) ReadFile(ctx context.Context, req *connect.Request[hostv1.ReadFileRequest], stream *connect.ServerStream[hostv1.ReadFileResponse]) error {
+	m := req.Msg
+	err := s.agent.ReadFile(ctx, host.FileRef{ID: m.GetId(), Path: m.GetPath(), User: m.GetUser()},
+		func(size int64) error {
+			return stream.Send(&hostv1.ReadFileResponse{Message: &hostv1.ReadFileResponse_Size{Size: size}})
+		},
+		func(data []byte) error {
+			return stream.Send(&hostv1.ReadFileResponse{Message: &hostv1.ReadFileResponse_Data{Data: data}})
+		})
+	return hostapi.ToConnect(err)
+}
+
+func (s *server) WriteFile(ctx context.Context, stream *connect.ClientStream[hostv1.WriteFileRequest]) (*connect.Response[hostv1.WriteFileResponse], error) {
+	if !stream.Receive() {
+		if err := stream.Err(); err != nil {
+			return nil, err
+		}
+		return nil, hostapi.ToConnect(sandbox.Errorf(sandbox.KindInvalid, "a write needs a first message"))
+	}
+	start := stream.Msg().GetStart()
+	if start == nil {
+		return nil, hostapi.ToConnect(sandbox.Errorf(sandbox.KindInvalid, "the first message of a write must be start"))
+	}
+	ref := host.FileRef{ID: start.GetId(), Path: start.GetPath(), User: start.GetUser()}
+	path, size, err := s.agent.WriteFile(ctx, ref, &pieces{stream: stream})
+	return answer(&hostv1.WriteFileResponse{Path: path, Size: size}, err)
+}
+
+// pieces reads the data messages of a write one after the other.
+type pieces struct {
+	stream *connect.ClientStream[hostv1.WriteFileRequest]
+	rest   []byte
+}
+
+func (p *pieces) Read(b []byte) (int, error) {
+	for len(p.rest) == 0 {
+		if !p.stream.Receive() {
+			if err := p.stream.Err(); err != nil && !errors.Is(err, io.EOF) {
+				return 0, sandbox.Errorf(sandbox.KindTransient, "the upload was cut: %w", err)
+			}
+			return 0, io.EOF
+		}
+		p.rest = p.stream.Msg().GetData()
+	}
+	n := copy(b, p.rest)
+	p.rest = p.rest[n:]
+	return n, nil
+}
