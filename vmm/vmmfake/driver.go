@@ -175,15 +175,17 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) 
 	if err != nil {
 		return nil, fmt.Errorf("start fake VM: listen for the guest: %w", err)
 	}
-	v, err := d.register(spec, listener)
+	life, stop := context.WithCancel(context.WithoutCancel(ctx)) // a VM outlives the call that made it
+	v, err := d.register(spec, listener, stop)
 	if err != nil {
+		stop()
 		return nil, errors.Join(err, listener.Close())
 	}
-	go v.run(d.guest)
+	go v.run(life, d.guest)
 	return v.handle(), nil
 }
 
-func (d *Driver) register(spec vmm.Spec, listener net.Listener) (*vm, error) {
+func (d *Driver) register(spec vmm.Spec, listener net.Listener, stop context.CancelFunc) (*vm, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if len(d.failStart) > 0 {
@@ -197,6 +199,7 @@ func (d *Driver) register(spec vmm.Spec, listener net.Listener) (*vm, error) {
 	v := newVM(d, spec, listener, vmm.Record{
 		ID: spec.ID, Driver: Name, PID: pid, StartTime: uint64(pid), BootID: d.bootID, Dir: spec.Dir,
 	})
+	v.stop = stop
 	d.machines[pid] = v
 	return v, nil
 }

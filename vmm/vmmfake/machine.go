@@ -23,21 +23,18 @@ type vm struct {
 	listener net.Listener
 	console  console
 	done     chan struct{}
-	stop     context.CancelFunc
-	ctx      context.Context // the life of the guest, which no call bounds
+	stop     context.CancelFunc // of the guest's context, which lives as long as the machine
 
 	once sync.Once
 	exit vmm.Exit // set before done is closed
 }
 
 func newVM(d *Driver, spec vmm.Spec, listener net.Listener, record vmm.Record) *vm {
-	v := &vm{driver: d, spec: spec, record: record, listener: listener, done: make(chan struct{})}
-	v.ctx, v.stop = context.WithCancel(context.Background())
-	return v
+	return &vm{driver: d, spec: spec, record: record, listener: listener, done: make(chan struct{})}
 }
 
-func (v *vm) run(guest Guest) {
-	err := guest(v.ctx, Inside{Spec: v.spec, Console: &v.console, Listener: v.listener})
+func (v *vm) run(ctx context.Context, guest Guest) {
+	err := guest(ctx, Inside{Spec: v.spec, Console: &v.console, Listener: v.listener})
 	exit := vmm.Exit{Cause: sandbox.CauseGuestExit, Detail: "fake: the guest powered off"}
 	if err != nil {
 		exit.Detail = "fake: " + err.Error()

@@ -1,0 +1,34 @@
+package testkit
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// defaultAssets is where `make` puts what tests with real VMs need.
+const defaultAssets = "/var/cache/dormouse/assets"
+
+// Assets is the folder with a guest kernel and what else tests boot:
+// DORMOUSE_ASSETS, or the place where make puts it.
+func Assets() string {
+	if dir := os.Getenv("DORMOUSE_ASSETS"); dir != "" {
+		return dir
+	}
+	return defaultAssets
+}
+
+// Asset is the path of one of the assets. The test is skipped when it is missing.
+func Asset(t testing.TB, name string) string {
+	t.Helper()
+	path := filepath.Join(Assets(), name)
+	_, err := os.Stat(path)
+	Require(t, "assets", err == nil, path+" is missing; DORMOUSE_ASSETS names another folder")
+	return path
+}
+
+// Long skips a test that takes minutes, unless DORMOUSE_LONG=1 asks for it.
+func Long(t testing.TB, why string) {
+	t.Helper()
+	Require(t, "long", os.Getenv("DORMOUSE_LONG") == "1", "set DORMOUSE_LONG=1: "+why)
+}

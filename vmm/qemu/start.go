@@ -1,0 +1,230 @@
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
+	"github.com/dormouse-sandbox/dormouse/internal/undo"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/vmm"
+)
+
+const (
+	keepLog = 64 << 10 // of QEMU's own output, in bytes
+	// maxSocketPath is what fits into sun_path, with its final zero.
+	maxSocketPath = 107
+)
+
+// Start boots a VM. It returns when QEMU has built the machine and the guest
+// runs; the guest may still be booting. On error nothing of it is left.
+func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (_ vmm.Machine, err error) {
+	if err := check(spec); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, d.config.StartLimit)
+	defer cancel()
+	var u undo.Stack
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("start qemu: %w", err), u.Run(ctx))
+		}
+	}()
+	m := d.newMachine(vmm.Record{ID: spec.ID, Driver: Name, Dir: spec.Dir})
+	if err := m.launch(spec, &u); err != nil {
+		return nil, err
+	}
+	if err := m.identify(); err != nil {
+		return nil, err
+	}
+	if err := m.connect(ctx, &u); err != nil {
+		return nil, m.explain(err)
+	}
+	m.begin()
+	d.config.Log.Info("vm started", "sandbox", spec.ID, "pid", m.record.PID, "accelerator", d.config.Accelerator)
+	return m, nil
+}
+
+// check finds what QEMU would only say in its own words, or not at all.
+func check(spec vmm.Spec) error {
+	switch {
+	case spec.VCPUs < 1 || spec.MemMiB < 1:
+		return sandbox.Errorf(sandbox.KindInvalid, "start qemu: %d vCPUs and %d MiB are no machine", spec.VCPUs, spec.MemMiB)
+	case spec.DiskPath != "" && spec.DiskFormat != "raw" && spec.DiskFormat != "qcow2":
+		return sandbox.Errorf(sandbox.KindInvalid, "start qemu: disk format %q is neither raw nor qcow2", spec.DiskFormat)
+	case len(filepath.Join(spec.Dir, socketName)) > maxSocketPath:
+		return sandbox.Errorf(sandbox.KindInvalid, "start qemu: %s is too long for a socket's path, %d bytes at most",
+			filepath.Join(spec.Dir, socketName), maxSocketPath)
+	}
+	if spec.Tap != nil {
+		if _, err := net.ParseMAC(spec.MAC); err != nil {
+			return sandbox.Errorf(sandbox.KindInvalid, "start qemu: %w", err)
+		}
+	}
+	return nil
+}
+
+// launch makes the files of the VM and starts its process.
+func (m *machine) launch(spec vmm.Spec, u *undo.Stack) error {
+	var in inherit
+	defer func() { _ = in.close() }() // the child has its own; ours were only opened to be passed on
+	fd, output, err := m.open(spec, &in, u)
+	if err != nil {
+		return err
+	}
+	args, err := m.driver.args(spec, fd)
+	if err != nil {
+		return err
+	}
+	m.pid, err = spawn(process{
+		binary: m.driver.binary, args: args, output: output, files: in.files,
+		uid: spec.UID, gid: spec.GID, groups: m.driver.groups(), netns: spec.NetNS,
+	})
+	if err != nil {
+		return err
+	}
+	u.Push("qemu process", m.destroy)
+	return nil
+}
+
+// groups are the supplementary groups of a VMM: KVM's, where that opens /dev/kvm.
+func (d *Driver) groups() []uint32 {
+	if gid, ok := kernel.NodeGroup("/dev/kvm"); ok && d.config.Accelerator == KVM {
+		return []uint32{uint32(gid)}
+	}
+	return nil
+}
+
+// open makes the log files and the control socket and opens what QEMU reads,
+// all of it to be inherited.
+func (m *machine) open(spec vmm.Spec, in *inherit, u *undo.Stack) (fds, *os.File, error) {
+	var fd fds
+	output, err := m.openLogs(spec.Dir, &fd, in, u)
+	if err != nil {
+		return fd, nil, err
+	}
+	listener, err := listen(filepath.Join(spec.Dir, socketName), u)
+	if err != nil {
+		return fd, nil, fmt.Errorf("make control socket: %w", err)
+	}
+	fd.control = in.add(listener)
+	for _, f := range []struct {
+		what, path string
+		fd         *int
+	}{{"kernel", spec.Kernel, &fd.kernel}, {"initrd", spec.Initrd, &fd.initrd}} {
+		if f.path == "" && f.fd == &fd.initrd {
+			continue
+		}
+		file, err := openFor(f.path, spec.UID)
+		if err != nil {
+			return fd, nil, fmt.Errorf("open %s: %w", f.what, err)
+		}
+		*f.fd = in.add(file)
+	}
+	if spec.DiskPath != "" {
+		if _, err := os.Stat(spec.DiskPath); err != nil {
+			return fd, nil, fmt.Errorf("open disk: %w", err)
+		}
+	}
+	if spec.Tap != nil {
+		tap, err := duplicate(spec.Tap)
+		if err != nil {
+			return fd, nil, fmt.Errorf("open tap: %w", err)
+		}
+		fd.tap = in.add(tap)
+	}
+	return fd, output, nil
+}
+
+func (m *machine) openLogs(dir string, fd *fds, in *inherit, u *undo.Stack) (*os.File, error) {
+	var writers [2]*os.File
+	for i, l := range []struct {
+		name string
+		keep int64
+		log  **logFile
+	}{{consoleName, m.driver.config.ConsoleLimit, &m.console}, {logName, keepLog, &m.log}} {
+		log, writer, err := createLog(dir, l.name, l.keep)
+		if err != nil {
+			return nil, fmt.Errorf("make %s: %w", l.name, err)
+		}
+		*l.log, writers[i] = log, writer
+		u.PushClose(l.name, log.Close)
+		u.PushClose(l.name, remover(filepath.Join(dir, l.name)))
+		in.add(writer)
+	}
+	fd.console = firstFD // added first
+	return writers[1], nil
+}
+
+// openFor opens a file that a process of another uid opens again through
+// /proc/self/fd, which asks for permission on the file itself.
+func openFor(path string, uid int) (*os.File, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	info, err := file.Stat()
+	if err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	if uid != 0 && info.Mode().Perm()&0o004 == 0 {
+		return nil, errors.Join(fmt.Errorf("%s has mode %v: it must be readable by everybody", path, info.Mode().Perm()), file.Close())
+	}
+	return file, nil
+}
+
+// listen makes the control socket here, so that QEMU needs no right to the
+// directory and a connection can be made before QEMU gets round to accepting it.
+func listen(path string, u *undo.Stack) (*os.File, error) {
+	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	listener.SetUnlinkOnClose(false)
+	u.PushClose("control socket", remover(path))
+	file, err := listener.File()
+	err = errors.Join(err, os.Chmod(path, 0o600), listener.Close())
+	if err != nil && file != nil {
+		_ = file.Close() // the first error says what is wrong
+	}
+	return file, err
+}
+
+func remover(path string) func() error {
+	return func() error {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		return nil
+	}
+}
+
+func duplicate(f *os.File) (*os.File, error) {
+	conn, err := f.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	fd := -1
+	err2 := conn.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) })
+	if err := errors.Join(err, err2); err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil
+}
+
+// explain adds what QEMU printed to an error of its start.
+func (m *machine) explain(err error) error {
+	said := strings.TrimSpace(m.log.tail(1 << 10))
+	if said == "" {
+		return err
+	}
+	return fmt.Errorf("%w; qemu says: %s", err, strings.ToValidUTF8(said, "?"))
+}
