@@ -1,0 +1,183 @@
+package template
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/dormouse-sandbox/dormouse/internal/osfs"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+)
+
+// Folders below Config.Dir that are not templates. Template names never begin
+// with a dot.
+const (
+	imagesDir    = ".image"     // <digest>.ext4
+	kernelsDir   = ".kernel"    // <key>/{vmlinuz, modules/…, kernel.json}
+	initramfsDir = ".initramfs" // <key>.cpio
+)
+
+// Folders below Config.Cache.
+const (
+	workDir      = "work"
+	locksDir     = "lock"
+	cacheImages  = "image"
+	cacheKernels = "kernel"
+)
+
+const (
+	templateFile   = "template.json"
+	maxRecordBytes = 1 << 20
+)
+
+// Config says where a Store keeps things.
+type Config struct {
+	// Dir holds what is published: <name>/template.json, and images, kernels
+	// and initramfs files by content. It must last.
+	Dir string
+	// Cache holds builds by the hash of their recipe, and builds under way. It
+	// may be deleted at any time, and several stores may share it. On the file
+	// system of Dir, published things are hard links into it.
+	Cache string
+	// Keyring is Debian's archive keyring; empty means where Debian and Ubuntu
+	// install it.
+	Keyring string
+	Log     *slog.Logger // nil discards
+}
+
+// Store is a folder of templates. Several processes may use one at once.
+type Store struct {
+	cfg Config
+	log *slog.Logger
+}
+
+// Template is a published base image.
+type Template struct {
+	Name   string `json:"name"`
+	Digest string `json:"digest"` // "sha256:…" of the image's bytes
+	// Image is the absolute path of a raw ext4 file system, mode 0444. Its bytes
+	// never change; a rebuilt template has another path.
+	Image          string            `json:"-"`
+	ImageBytes     int64             `json:"image_bytes"`     // apparent size
+	AllocatedBytes int64             `json:"allocated_bytes"` // blocks on the disk
+	DefaultUser    string            `json:"default_user"`
+	DefaultWorkdir string            `json:"default_workdir"`
+	Env            map[string]string `json:"env,omitempty"`
+	BuiltAt        time.Time         `json:"built_at"`
+	// Key is the hash of the recipe and the builder's version.
+	Key string `json:"key"`
+}
+
+// Open makes the folders and clears away what crashed builds left.
+func Open(cfg Config) (*Store, error) {
+	if cfg.Keyring == "" {
+		cfg.Keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
+	}
+	for _, dir := range []*string{&cfg.Dir, &cfg.Cache} {
+		abs, err := filepath.Abs(*dir)
+		if err != nil {
+			return nil, fmt.Errorf("open template store: %w", err)
+		}
+		*dir = abs
+	}
+	s := &Store{cfg: cfg, log: cfg.Log}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	for _, dir := range []string{imagesDir, kernelsDir, initramfsDir} {
+		if err := osfs.MkdirAll("template-open", filepath.Join(cfg.Dir, dir), 0o755); err != nil {
+			return nil, fmt.Errorf("open template store: %w", classify(err))
+		}
+	}
+	if err := s.makeCache(); err != nil {
+		return nil, fmt.Errorf("open template store: %w", classify(err))
+	}
+	if err := s.sweep(); err != nil {
+		return nil, fmt.Errorf("sweep template store: %w", err)
+	}
+	return s, nil
+}
+
+// makeCache is called before every use: the cache may vanish at any time.
+func (s *Store) makeCache() error {
+	for _, dir := range []string{workDir, locksDir, cacheImages, cacheKernels} {
+		if err := osfs.MkdirAll("template-cache", filepath.Join(s.cfg.Cache, dir), 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Get finds a published template. The error's kind is not_found when there is
+// none of that name, and invalid when it is no name at all.
+func (s *Store) Get(name string) (Template, error) {
+	if err := sandbox.SafeName("template", name); err != nil {
+		return Template{}, err
+	}
+	data, err := osfs.ReadFileLimit(filepath.Join(s.cfg.Dir, name, templateFile), maxRecordBytes)
+	if errors.Is(err, fs.ErrNotExist) {
+		return Template{}, sandbox.Errorf(sandbox.KindNotFound, "template %q does not exist", name)
+	}
+	if err != nil {
+		return Template{}, fmt.Errorf("read template %q: %w", name, err)
+	}
+	var t Template
+	if err := json.Unmarshal(data, &t); err != nil {
+		return Template{}, fmt.Errorf("read template %q: %w", name, err)
+	}
+	t.Name = name
+	if t.Image, err = s.imagePath(t.Digest); err != nil {
+		return Template{}, fmt.Errorf("read template %q: %w", name, err)
+	}
+	info, err := os.Stat(t.Image)
+	if err != nil {
+		return Template{}, fmt.Errorf("template %q has lost its image: %w", name, err)
+	}
+	t.ImageBytes, t.AllocatedBytes = info.Size(), allocated(info)
+	return t, nil
+}
+
+// List returns the published templates by name.
+func (s *Store) List() ([]Template, error) {
+	entries, err := os.ReadDir(s.cfg.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("list templates: %w", err)
+	}
+	var list []Template
+	for _, e := range entries {
+		if !e.IsDir() || sandbox.SafeName("template", e.Name()) != nil {
+			continue
+		}
+		t, err := s.Get(e.Name())
+		if sandbox.Is(err, sandbox.KindNotFound) { // a folder whose build never got to publish
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, t)
+	}
+	return list, nil
+}
+
+func (s *Store) imagePath(digest string) (string, error) {
+	hash, ok := strings.CutPrefix(digest, digestPrefix)
+	if !ok || !isHex(hash) {
+		return "", fmt.Errorf("%q is not a digest", digest)
+	}
+	return filepath.Join(s.cfg.Dir, imagesDir, hash+".ext4"), nil
+}
+
+func allocated(info fs.FileInfo) int64 {
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		return st.Blocks * 512 // st_blocks counts 512 bytes whatever the file system's block
+	}
+	return info.Size()
+}
