@@ -312,4 +312,3 @@ func (w *window) close() {
 	w.closed = true
 	w.cond.Broadcast()
 }
-
