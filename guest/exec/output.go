@@ -1,0 +1,126 @@
+package exec
+
+import (
+	"errors"
+	"io"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// pump delivers what comes out of a pipe until it ends, or until the process
+// has exited and linger has had enough. What comes after that is discarded.
+func (p *process) pump(f *os.File, deliver func([]byte)) {
+	var after linger
+	for {
+		chunk, err := readChunk(f)
+		if len(chunk) > 0 {
+			deliver(chunk)
+		}
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			_ = f.Close() // the end of the pipe: nothing more can come
+			return
+		}
+		if p.ended() && after.over(f, len(chunk)) {
+			go discard(f)
+			return
+		}
+	}
+}
+
+// wake makes a pump that waits for output look whether the process has ended.
+func wake(f *os.File) { _ = f.SetReadDeadline(time.Now()) } // closed already: its pump has ended
+
+// readChunk reads once, into a buffer that is only made when there is something
+// to read: an idle process holds none.
+func readChunk(f *os.File) ([]byte, error) {
+	conn, err := f.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var chunk []byte
+	var readErr error
+	err = conn.Read(func(fd uintptr) bool {
+		buf := make([]byte, max(1, min(pending(int(fd)), maxChunk)))
+		n, err := ignoringEINTR(func() (int, error) { return unix.Read(int(fd), buf) })
+		switch {
+		case errors.Is(err, unix.EAGAIN):
+			return false
+		case err != nil:
+			readErr = err
+		case n == 0:
+			readErr = io.EOF
+		default:
+			chunk = buf[:n]
+		}
+		return true
+	})
+	return chunk, errors.Join(err, readErr)
+}
+
+func ignoringEINTR(call func() (int, error)) (int, error) {
+	for {
+		n, err := call()
+		if !errors.Is(err, unix.EINTR) {
+			return n, err
+		}
+	}
+}
+
+// pending is how many bytes wait in a pipe.
+func pending(fd int) int {
+	n, err := unix.IoctlGetInt(fd, unix.TIOCINQ)
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
+// linger decides how long a pipe is read after its process has exited while
+// somebody else still holds the other end. What the process itself wrote is in
+// the pipe by then: these bytes are owed, however slow the reader is.
+type linger struct {
+	until time.Time
+	owed  int
+}
+
+// over is asked after every read, with what it gave. It sets the deadline of
+// the next one.
+func (l *linger) over(f *os.File, got int) bool {
+	left := 0
+	if conn, err := f.SyscallConn(); err == nil {
+		_ = conn.Control(func(fd uintptr) { left = pending(int(fd)) }) // closed: nothing is left
+	}
+	now := time.Now()
+	switch {
+	case l.until.IsZero():
+		l.until, l.owed = now.Add(lingerMax), left
+	case got == 0 && left == 0:
+		return true // silence
+	default:
+		l.owed -= got
+	}
+	next := now.Add(lingerQuiet)
+	if l.owed <= 0 {
+		if !now.Before(l.until) {
+			return true
+		}
+		if next.After(l.until) {
+			next = l.until
+		}
+	}
+	_ = f.SetReadDeadline(next) // a pipe has deadlines
+	return false
+}
+
+// discard keeps a pipe open and empty for those who still write to it.
+func discard(f *os.File) {
+	_ = f.SetReadDeadline(time.Time{}) // a pipe has deadlines
+	for {
+		if _, err := readChunk(f); err != nil {
+			_ = f.Close() // read only
+			return
+		}
+	}
+}

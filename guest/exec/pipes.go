@@ -1,0 +1,39 @@
+package exec
+
+import (
+	"os"
+)
+
+// pipes are the three standard streams: the child's ends and ours.
+type pipes struct {
+	theirs, ours [3]*os.File // ours[0] is nil when the child reads /dev/null
+}
+
+func openPipes(stdin bool) (*pipes, error) {
+	p := &pipes{}
+	var err error
+	if stdin {
+		p.theirs[0], p.ours[0], err = os.Pipe()
+	} else {
+		p.theirs[0], err = os.Open(os.DevNull)
+	}
+	for i := 1; i <= 2 && err == nil; i++ {
+		p.ours[i], p.theirs[i], err = os.Pipe()
+	}
+	return p, err
+}
+
+// forked closes the child's ends, so that ours see it when the child closes its.
+func (p *pipes) forked() {
+	for _, f := range p.theirs {
+		_ = f.Close() // the child has its own
+	}
+}
+
+// close closes both, after a start that failed.
+func (p *pipes) close() {
+	for i := range p.theirs {
+		_ = p.theirs[i].Close() // closed or nil is fine: nothing was written
+		_ = p.ours[i].Close()   // likewise
+	}
+}
