@@ -73,6 +73,8 @@ type Config struct {
 	MinFreeMiB   int           // free disk below which creates are refused; default 1024
 	MaxBoots     int           // VMs booting at the same time; default the number of CPUs
 	BootTimeout  time.Duration // from the VMM's start to the guest's first answer; default 60 s
+	RetryEvery   time.Duration // for what could not be removed or adopted; default 5 s
+	BootID       string        // default: what the kernel says
 
 	Log *slog.Logger     // default: none
 	Now func() time.Time // default time.Now
@@ -84,7 +86,6 @@ type Agent struct {
 	log     *slog.Logger
 	journal journal
 	key     ed25519.PrivateKey // signs what only the host may ask of a guest
-	bootID  string
 	lock    *os.File
 	boots   chan struct{} // a token each for VMs that boot at the same time
 
@@ -121,12 +122,13 @@ func Open(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("host key: %w", err)
 	}
-	bootID, err := readBootID()
-	if err != nil {
-		return nil, fmt.Errorf("boot ID: %w", err)
+	if cfg.BootID == "" {
+		if cfg.BootID, err = readBootID(); err != nil {
+			return nil, fmt.Errorf("boot ID: %w", err)
+		}
 	}
 	a := &Agent{
-		cfg: cfg, log: cfg.Log, journal: journal{dir: filepath.Join(cfg.Dir, "journal")}, key: key, bootID: bootID,
+		cfg: cfg, log: cfg.Log, journal: journal{dir: filepath.Join(cfg.Dir, "journal")}, key: key,
 		lock: lock, boots: make(chan struct{}, cfg.MaxBoots), boxes: map[sandbox.ID]*box{},
 	}
 	a.ctx, a.stop = context.WithCancel(context.Background())
@@ -154,6 +156,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.BootTimeout == 0 {
 		c.BootTimeout = 60 * time.Second
+	}
+	if c.RetryEvery == 0 {
+		c.RetryEvery = 5 * time.Second
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)

@@ -10,7 +10,6 @@ import (
 
 const (
 	houseTick      = 250 * time.Millisecond // how late a deadline may fire
-	retryEvery     = 5 * time.Second        // for what could not be removed or adopted
 	consoleKept    = 24 * time.Hour         // console logs of ended sandboxes
 	maxUnacked     = 30 * 24 * time.Hour    // an end that nobody acknowledged is forgotten
 	consoleSweepIn = 10 * time.Minute
@@ -30,7 +29,7 @@ func (a *Agent) keepHouse() {
 		}
 		now := a.cfg.Now()
 		a.fireDeadlines(now)
-		if now.Sub(retried) >= retryEvery {
+		if now.Sub(retried) >= a.cfg.RetryEvery {
 			retried = now
 			a.retry(now)
 		}

@@ -120,6 +120,9 @@ func (a *Agent) watch(b *box, vm vmm.Machine) {
 	case <-b.alive.Done():
 		return // somebody else is ending it
 	}
+	if a.ctx.Err() != nil {
+		return // the next agent finds out by itself
+	}
 	exit := vm.Exit()
 	a.log.Warn("vm ended by itself", "sandbox", b.id, "cause", exit.Cause, "detail", exit.Detail)
 	if err := a.end(a.ctx, b, exit.Cause, exit.Detail); err != nil {

@@ -72,7 +72,7 @@ func (a *Agent) takeOver(ctx context.Context, b *box) {
 	if e.State != stateRunning || b.machine != nil {
 		return
 	}
-	if e.VMM.BootID != a.bootID {
+	if e.VMM.BootID != a.cfg.BootID {
 		a.lost(b, sandbox.CauseHostReboot, "the machine was started anew")
 		return
 	}
