@@ -2,6 +2,8 @@ package template
 
 import (
 	"context"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -65,8 +67,7 @@ func layout(c content, imageMiB int) (geometry, error) {
 }
 
 // makeExt4 writes the tree root as a sparse ext4 file. The same tree, key and
-// time give the same bytes (with e2fsprogs before 1.47.1: but for the inode
-// change times, which nobody can set).
+// time give the same bytes.
 func makeExt4(ctx context.Context, w *work, root, image string, g geometry, key string, when time.Time, line func(string)) error {
 	conf := w.path("mke2fs.conf")
 	if err := os.WriteFile(conf, []byte(mke2fsConf), 0o644); err != nil {
@@ -81,20 +82,68 @@ func makeExt4(ctx context.Context, w *work, root, image string, g geometry, key 
 		"lazy_itable_init=0", "lazy_journal_init=0",
 	}
 	epoch := strconv.FormatInt(when.Unix(), 10)
-	return tool{
+	// SOURCE_DATE_EPOCH is read since e2fsprogs 1.47.1, the other before.
+	env := []string{"MKE2FS_CONFIG=" + conf, "SOURCE_DATE_EPOCH=" + epoch, "E2FSPROGS_FAKE_TIME=" + epoch}
+	err := tool{
 		name: "mke2fs",
 		args: []string{
 			"-q", "-F", "-t", "ext4", "-b", strconv.Itoa(blockSize), "-I", strconv.Itoa(inodeBytes), "-m", "0",
 			"-N", strconv.FormatInt(g.inodes, 10), "-J", "size=" + strconv.Itoa(journalMiB),
 			"-U", uuidFrom(key), "-E", strings.Join(options, ","), "-d", root, image, strconv.FormatInt(g.blocks, 10),
 		},
-		// SOURCE_DATE_EPOCH is read since e2fsprogs 1.47.1, the other before.
-		env:  []string{"MKE2FS_CONFIG=" + conf, "SOURCE_DATE_EPOCH=" + epoch, "E2FSPROGS_FAKE_TIME=" + epoch},
-		dir:  w.dir,
-		hold: w.lock,
-		line: line,
-		cure: "apt-get install e2fsprogs",
+		env: env, dir: w.dir, hold: w.lock, line: line, cure: e2fsCure,
 	}.run(ctx)
+	if err != nil {
+		return err
+	}
+	return settleTimes(ctx, w, image, epoch, env)
+}
+
+const e2fsCure = "apt-get install e2fsprogs"
+
+// settleTimes sets every inode's change time, which no system call can set in
+// the tree; mke2fs before 1.47.1 copies it from there.
+func settleTimes(ctx context.Context, w *work, image, epoch string, env []string) error {
+	used, err := usedInodes(image)
+	if err != nil {
+		return fmt.Errorf("read back: %w", err)
+	}
+	var script strings.Builder
+	for _, field := range []string{"atime", "ctime", "mtime", "crtime"} {
+		fmt.Fprintf(&script, "set_inode_field <2> %s @%s\n", field, epoch) // the root: read while it was copied
+	}
+	for inode := uint32(firstInode); inode <= used; inode++ { // mke2fs hands them out in order
+		fmt.Fprintf(&script, "set_inode_field <%d> ctime @%s\n", inode, epoch)
+	}
+	path := w.path("settle")
+	if err := os.WriteFile(path, []byte(script.String()), 0o644); err != nil {
+		return err
+	}
+	return tool{
+		name: "debugfs", args: []string{"-w", "-f", path, image},
+		env: env, dir: w.dir, hold: w.lock, cure: e2fsCure, // it repeats each command: nothing for the log
+	}.run(ctx)
+}
+
+// firstInode is the first that is not reserved.
+const firstInode = 11
+
+// usedInodes reads from the superblock how many inodes a new image uses.
+func usedInodes(image string) (uint32, error) {
+	f, err := os.Open(image)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = f.Close() }() // read only
+	var super [20]byte
+	if _, err := f.ReadAt(super[:], 1024); err != nil {
+		return 0, err
+	}
+	inodes, free := binary.LittleEndian.Uint32(super[:]), binary.LittleEndian.Uint32(super[16:])
+	if free > inodes {
+		return 0, errors.New("it has more free inodes than inodes")
+	}
+	return inodes - free, nil
 }
 
 // uuidFrom makes a UUID of version 8 from the first 32 hex digits.

@@ -13,7 +13,7 @@ import (
 
 // builderVersion is part of every cache key: raise it when the same recipe
 // gives another image or kernel than before.
-const builderVersion = 1
+const builderVersion = 2
 
 // Bounds of Recipe.ImageMiB. The upper one is what the image can be grown to.
 const (

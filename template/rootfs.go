@@ -146,7 +146,7 @@ var fallbackTime = time.Date(2024, 1, 1, 0, 0, 0, 0, time.UTC)
 // stay: compiled Python modules hold the time of their source.
 func measure(root string, started time.Time) (content, error) {
 	var c content
-	var young []string
+	times := map[string]time.Time{}
 	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -157,26 +157,30 @@ func measure(root string, started time.Time) (content, error) {
 		}
 		c.inodes++
 		c.blocks += blocksOf(info)
-		switch mtime := info.ModTime(); {
-		case !mtime.Before(started):
-			young = append(young, path)
-		case mtime.After(c.newest):
-			c.newest = mtime
+		times[path] = info.ModTime()
+		if info.ModTime().Before(started) && info.ModTime().After(c.newest) {
+			c.newest = info.ModTime()
 		}
 		return nil
 	})
+	if err != nil {
+		return c, err
+	}
 	if c.newest.IsZero() {
 		c.newest = fallbackTime
 	}
 	c.newest = c.newest.Truncate(time.Second)
-	for _, path := range young {
-		ts := unix.NsecToTimespec(c.newest.UnixNano())
-		e := unix.UtimesNanoAt(unix.AT_FDCWD, path, []unix.Timespec{ts, ts}, unix.AT_SYMLINK_NOFOLLOW)
-		if e != nil {
-			err = errors.Join(err, fmt.Errorf("set time of %s: %w", path, e))
+	for path, mtime := range times {
+		if !mtime.Before(started) {
+			mtime = c.newest
+		}
+		ts := unix.NsecToTimespec(mtime.UnixNano())
+		err := unix.UtimesNanoAt(unix.AT_FDCWD, path, []unix.Timespec{ts, ts}, unix.AT_SYMLINK_NOFOLLOW)
+		if err != nil {
+			return c, fmt.Errorf("set time of %s: %w", path, err)
 		}
 	}
-	return c, err
+	return c, nil
 }
 
 // blocksOf counts 4 KiB blocks; a directory and a link may need one of their own.
