@@ -168,3 +168,19 @@ func clip(s string) string {
 	}
 	return s
 }
+
+// DestroyAll ends every sandbox of this host and says how many it ended.
+func (a *Agent) DestroyAll(ctx context.Context, cause sandbox.Cause) (ended int, _ error) {
+	var errs []error
+	for _, b := range a.all() {
+		if b.now().State == stateEnded {
+			continue
+		}
+		if err := a.end(ctx, b, cause, ""); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		ended++
+	}
+	return ended, errors.Join(errs...)
+}

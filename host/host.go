@@ -60,9 +60,9 @@ type Config struct {
 	VMM       vmm.Driver
 	Disks     disk.Driver
 	Networks  Networks
-	Templates Templates
-	Kernel    string // guest kernel image
-	Initrd    string // initramfs with the guest agent
+	Templates Templates // for creates; not to end sandboxes
+	Kernel    string    // guest kernel image
+	Initrd    string    // initramfs with the guest agent
 
 	// UIDBase is the first of the user IDs that VMM processes run as, one per
 	// network slot; 0 leaves them as the agent's own (tests without root).

@@ -316,7 +316,7 @@ func (s *network) Index() int                 { return s.index }
 func (s *network) NetNS() string              { return fmt.Sprint("fake-ns-", s.index) }
 func (s *network) OpenTap() (*os.File, error) { return os.Open(os.DevNull) }
 func (s *network) MAC() string                { return "02:00:00:00:00:01" }
-func (s *network) Guest() netip.Prefix { return netip.MustParsePrefix("100.127.255.2/30") }
+func (s *network) Guest() netip.Prefix        { return netip.MustParsePrefix("100.127.255.2/30") }
 
 func (s *network) Gateway() netip.Addr                     { return netip.MustParseAddr("100.127.255.1") }
 func (s *network) SetInternet(context.Context, bool) error { return nil }
