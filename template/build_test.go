@@ -21,7 +21,9 @@ func TestBuildPublishesAWholeImage(t *testing.T) {
 	newFakes(t, fakeRoot)
 	cfg := config(t)
 	s := open(t, cfg)
-	made := build(t, s, recipe())
+	r := recipe()
+	r.ImageMiB = 0
+	made := build(t, s, r)
 
 	fsck(t, made.Image)
 	for _, tt := range []struct{ request, want string }{
@@ -199,8 +201,7 @@ func TestBuildFailures(t *testing.T) {
 		},
 		{
 			name: "the image is too small for its content", mmdebstrap: fakeRoot + `dd if=/dev/zero of="$root/big" bs=1M count=80 2>/dev/null`,
-			change: func(r *template.Recipe, _ *template.Config) { r.ImageMiB = 64 },
-			kind:   sandbox.KindInvalid, says: "64 MiB is too small: the content needs 1",
+			kind: sandbox.KindInvalid, says: "64 MiB is too small: the content needs 1",
 		},
 		{
 			name: "the keyring is missing", mmdebstrap: fakeRoot,

@@ -83,7 +83,7 @@ func open(t *testing.T, cfg template.Config) *template.Store {
 }
 
 func recipe() template.Recipe {
-	return template.Recipe{Name: "small", Suite: "bookworm", Packages: []string{"sudo"}, User: "user"}
+	return template.Recipe{Name: "small", Suite: "bookworm", Packages: []string{"sudo"}, User: "user", ImageMiB: 64}
 }
 
 func build(t *testing.T, s *template.Store, r template.Recipe) template.Template {

@@ -130,7 +130,6 @@ func (w *moduleWalk) visit(name string, optional bool) error {
 	if w.done[name] || w.set.builtin[name] {
 		return nil
 	}
-	w.done[name] = true
 	path, ok := w.set.files[name]
 	if !ok {
 		if optional {
@@ -138,6 +137,7 @@ func (w *moduleWalk) visit(name string, optional bool) error {
 		}
 		return sandbox.Errorf(sandbox.KindInvalid, "a module depends on %s, which the kernel does not have", name)
 	}
+	w.done[name] = true
 	data, err := readModule(path)
 	if err != nil {
 		return fmt.Errorf("read module %s: %w", name, err)
