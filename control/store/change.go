@@ -20,6 +20,12 @@ func (d *DB) SetState(ctx context.Context, s Sandbox, next sandbox.State) (Sandb
 	return d.change(ctx, s, func(n *Sandbox) { n.State = next })
 }
 
+// Running moves a sandbox whose create has succeeded to Running, with the
+// deadline that the host keeps.
+func (d *DB) Running(ctx context.Context, s Sandbox, deadline time.Time) (Sandbox, error) {
+	return d.change(ctx, s, func(n *Sandbox) { n.State, n.Deadline = sandbox.Running, deadline })
+}
+
 // Destroying moves the sandbox to Destroying and notes what for.
 func (d *DB) Destroying(ctx context.Context, s Sandbox, cause sandbox.Cause) (Sandbox, error) {
 	return d.change(ctx, s, func(n *Sandbox) { n.State, n.Cause = sandbox.Destroying, cause })

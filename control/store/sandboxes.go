@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"context"
 	"database/sql"
 	"encoding/json"
@@ -66,11 +67,23 @@ func (d *DB) CreateSandbox(ctx context.Context, s Sandbox, idem *Idempotency) (_
 	return out, made, nil
 }
 
-func findIdempotent(ctx context.Context, tx *sql.Tx, idem Idempotency, now time.Time) (sandbox.ID, error) {
+// Repeated returns the sandbox that an earlier create with this key and this
+// request made, and whether there was one.
+func (d *DB) Repeated(ctx context.Context, idem Idempotency, now time.Time) (Sandbox, bool, error) {
+	id, err := findIdempotent(ctx, d.read, idem, now)
+	if err != nil || id == "" {
+		return Sandbox{}, false, err
+	}
+	s, err := getSandbox(ctx, d.read, id)
+	return s, err == nil, err
+}
+
+// findIdempotent returns no ID when the key is unknown or too old.
+func findIdempotent(ctx context.Context, q querier, idem Idempotency, now time.Time) (sandbox.ID, error) {
 	var id string
 	var hash []byte
 	var at int64
-	err := tx.QueryRowContext(ctx,
+	err := q.QueryRowContext(ctx,
 		`SELECT sandbox_id, request_hash, created_at FROM idempotency WHERE owner = ? AND key = ?`,
 		idem.Owner, idem.Key).Scan(&id, &hash, &at)
 	switch {
@@ -79,12 +92,8 @@ func findIdempotent(ctx context.Context, tx *sql.Tx, idem Idempotency, now time.
 	case err != nil:
 		return "", fmt.Errorf("look up idempotency key: %w", err)
 	case now.Sub(fromNanos(at)) >= idem.TTL:
-		_, err := tx.ExecContext(ctx, `DELETE FROM idempotency WHERE owner = ? AND key = ?`, idem.Owner, idem.Key)
-		if err != nil {
-			return "", fmt.Errorf("expire idempotency key: %w", err)
-		}
 		return "", nil
-	case string(hash) != string(idem.Hash):
+	case !bytes.Equal(hash, idem.Hash):
 		return "", ErrReused
 	}
 	return sandbox.ID(id), nil
@@ -94,7 +103,11 @@ func insertIdempotent(ctx context.Context, tx *sql.Tx, idem *Idempotency, s Sand
 	if idem == nil {
 		return nil
 	}
-	_, err := tx.ExecContext(ctx,
+	_, err := tx.ExecContext(ctx, `DELETE FROM idempotency WHERE owner = ? AND key = ?`, idem.Owner, idem.Key)
+	if err != nil {
+		return fmt.Errorf("expire idempotency key: %w", err)
+	}
+	_, err = tx.ExecContext(ctx,
 		`INSERT INTO idempotency (owner, key, request_hash, sandbox_id, created_at) VALUES (?, ?, ?, ?, ?)`,
 		idem.Owner, idem.Key, idem.Hash, string(s.ID), nanos(s.CreatedAt))
 	if err != nil {

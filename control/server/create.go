@@ -1,0 +1,391 @@
+package server
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/dormouse-sandbox/dormouse/api"
+	"github.com/dormouse-sandbox/dormouse/control/place"
+	"github.com/dormouse-sandbox/dormouse/control/store"
+	"github.com/dormouse-sandbox/dormouse/host/hostapi"
+	hostv1 "github.com/dormouse-sandbox/dormouse/host/hostapi/gen/dormouse/host/v1"
+	"github.com/dormouse-sandbox/dormouse/internal/fault"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+)
+
+// creation is one create under way. It belongs to the server, not to the
+// request that asked for it.
+type creation struct {
+	cancel context.CancelCauseFunc
+	done   chan struct{} // closed when the fields below are set
+	row    store.Sandbox
+	phases []api.Phase
+	err    error
+}
+
+// creates are the creates of this process that are under way.
+type creates struct {
+	mu     sync.Mutex
+	closed bool
+	byID   map[sandbox.ID]*creation
+}
+
+func (c *creates) init() { c.byID = map[sandbox.ID]*creation{} }
+
+func (c *creates) underWay(id sandbox.ID) bool { return c.find(id) != nil }
+
+func (c *creates) find(id sandbox.ID) *creation {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.byID[id]
+}
+
+func (c *creates) remove(id sandbox.ID) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.byID, id)
+}
+
+func (c *creates) close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.closed = true
+}
+
+// createSandbox begins a create, or finds the one that the same idempotency key
+// began, and answers when it has come to an end.
+func (s *Server) createSandbox(w http.ResponseWriter, r *http.Request) error {
+	var req api.CreateSandbox
+	if err := readBody(w, r, &req); err != nil {
+		return err
+	}
+	row, timeout, err := s.wanted(req)
+	if err != nil {
+		return err
+	}
+	idem, err := idempotency(r, req)
+	if err != nil {
+		return err
+	}
+	if idem != nil {
+		earlier, found, err := s.cfg.Store.Repeated(r.Context(), *idem, s.cfg.Now())
+		if err != nil {
+			return err
+		}
+		if found {
+			return s.answerCreate(w, r, s.creates.find(earlier.ID), earlier.ID, http.StatusOK)
+		}
+	}
+	if err := s.choose(r.Context(), row.Spec); err != nil {
+		return err
+	}
+	c, id, err := s.begin(r.Context(), row, idem, timeout)
+	if err != nil {
+		return err
+	}
+	status := http.StatusCreated
+	if id != row.ID {
+		status, c = http.StatusOK, s.creates.find(id)
+	}
+	return s.answerCreate(w, r, c, id, status)
+}
+
+// wanted checks a request and makes the row of it.
+func (s *Server) wanted(req api.CreateSandbox) (store.Sandbox, time.Duration, error) {
+	spec := sandbox.Spec{
+		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: req.DiskMiB, Env: req.Env,
+		Network: sandbox.Network{Internet: req.Network == nil || req.Network.Internet},
+	}.WithDefaults()
+	if err := spec.Check(); err != nil {
+		return store.Sandbox{}, 0, err
+	}
+	if err := sandbox.CheckMetadata(req.Metadata); err != nil {
+		return store.Sandbox{}, 0, err
+	}
+	timeout := sandbox.DefaultTimeout
+	if req.TimeoutSeconds != nil {
+		var err error
+		if timeout, err = seconds("timeout_seconds", *req.TimeoutSeconds, sandbox.MinTimeout, sandbox.MaxTimeout); err != nil {
+			return store.Sandbox{}, 0, err
+		}
+	}
+	return store.Sandbox{
+		ID: sandbox.NewID(), State: sandbox.Creating, Host: s.cfg.HostName, Spec: spec,
+		Metadata: req.Metadata, CreatedAt: s.cfg.Now(),
+	}, timeout, nil
+}
+
+// seconds turns a number from outside into a duration within bounds.
+func seconds(what string, n float64, least, most time.Duration) (time.Duration, error) {
+	if n < least.Seconds() || n > most.Seconds() || n != n {
+		return 0, sandbox.Errorf(sandbox.KindInvalid, "%s is %v, must be from %v to %v", what, n, least.Seconds(), most.Seconds())
+	}
+	return time.Duration(n * float64(time.Second)), nil
+}
+
+// idempotency reads the key, if there is one. The hash is of the request as it
+// was understood, so that spacing and the order of fields do not matter.
+func idempotency(r *http.Request, req api.CreateSandbox) (*store.Idempotency, error) {
+	key := r.Header.Get(api.HeaderIdempotencyKey)
+	if key == "" {
+		return nil, nil
+	}
+	if len(key) > api.MaxIdempotencyKey {
+		return nil, sandbox.Errorf(sandbox.KindInvalid, "%s has %d bytes, at most %d are allowed",
+			api.HeaderIdempotencyKey, len(key), api.MaxIdempotencyKey)
+	}
+	if strings.ContainsFunc(key, func(c rune) bool { return c < 0x21 || c > 0x7e }) {
+		return nil, sandbox.Errorf(sandbox.KindInvalid, "%s must be of printable ASCII without spaces", api.HeaderIdempotencyKey)
+	}
+	b, err := json.Marshal(req)
+	if err != nil {
+		return nil, fmt.Errorf("encode request: %w", err)
+	}
+	sum := sha256.Sum256(b)
+	return &store.Idempotency{Owner: askingKey(r).ID, Key: key, Hash: sum[:], TTL: idempotencyTTL}, nil
+}
+
+// choose asks the host what it has, and refuses early and clearly what cannot
+// be. The host checks again.
+func (s *Server) choose(ctx context.Context, spec sandbox.Spec) error {
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.CallLimit)
+	defer cancel()
+	if err := fault.Point(ctx, "control/create/place"); err != nil {
+		return err
+	}
+	h, err := s.cfg.Host.GetHost(ctx, connect.NewRequest(&hostv1.GetHostRequest{}))
+	if err != nil {
+		return fmt.Errorf("ask the host: %w", hostapi.FromConnect(err))
+	}
+	_, err = place.Choose([]place.Host{{
+		Name: s.cfg.HostName, MemTotalMiB: int(h.Msg.GetMemTotalMib()), MemCommittedMiB: int(h.Msg.GetMemCommittedMib()),
+		Sandboxes: int(h.Msg.GetSandboxes()), MaxSandboxes: int(h.Msg.GetMaxSandboxes()),
+	}}, spec)
+	if err != nil {
+		return err
+	}
+	t, err := s.cfg.Host.ListTemplates(ctx, connect.NewRequest(&hostv1.ListTemplatesRequest{}))
+	if err != nil {
+		return fmt.Errorf("ask the host: %w", hostapi.FromConnect(err))
+	}
+	return checkTemplate(t.Msg.GetTemplates(), spec)
+}
+
+func checkTemplate(have []*hostv1.Template, spec sandbox.Spec) error {
+	var names []string
+	for _, t := range have {
+		if t.GetName() == spec.Template {
+			if least := int(t.GetMinDiskMib()); spec.DiskMiB < least {
+				return sandbox.Errorf(sandbox.KindInvalid, "disk_mib is %d, template %s needs at least %d", spec.DiskMiB, spec.Template, least)
+			}
+			return nil
+		}
+		names = append(names, t.GetName())
+	}
+	if len(names) == 0 {
+		return sandbox.Errorf(sandbox.KindNotFound, "there is no template %s, and no other either", spec.Template)
+	}
+	slices.Sort(names)
+	const most = 20
+	if len(names) > most {
+		names = append(names[:most], "…")
+	}
+	return sandbox.Errorf(sandbox.KindNotFound, "there is no template %s; there are: %s", spec.Template, strings.Join(names, ", "))
+}
+
+// begin puts the create on record and starts it. From here on it does not
+// depend on the request. The registration comes first: a row in state creating
+// that nobody owns is the reconciler's. When the idempotency key turns out to be
+// in use it starts nothing and returns that sandbox's ID.
+func (s *Server) begin(ctx context.Context, row store.Sandbox, idem *store.Idempotency, timeout time.Duration) (*creation, sandbox.ID, error) {
+	life, cancel := context.WithCancelCause(s.ctx)
+	c := &creation{cancel: cancel, done: make(chan struct{})}
+	s.creates.mu.Lock()
+	if s.creates.closed {
+		s.creates.mu.Unlock()
+		cancel(nil)
+		return nil, "", errStopping
+	}
+	s.creates.byID[row.ID] = c
+	s.wg.Add(1)
+	s.creates.mu.Unlock()
+
+	got, made, err := s.cfg.Store.CreateSandbox(context.WithoutCancel(ctx), row, idem)
+	if err != nil || !made {
+		s.creates.remove(row.ID)
+		cancel(nil)
+		s.wg.Done()
+		return nil, got.ID, err
+	}
+	go func() {
+		defer s.wg.Done()
+		defer cancel(nil)
+		c.row, c.phases, c.err = s.create(life, got, timeout)
+		s.creates.remove(row.ID)
+		close(c.done)
+		s.reconciler.Kick() // the host's record of a failure can be acknowledged
+	}()
+	return c, got.ID, nil
+}
+
+// answerCreate waits for a create, whoever runs it, and answers with its end. c
+// is nil when it is not under way in this process.
+func (s *Server) answerCreate(w http.ResponseWriter, r *http.Request, c *creation, id sandbox.ID, status int) error {
+	row, phases, err := s.outcome(r.Context(), c, id)
+	if err != nil {
+		return err
+	}
+	out := sandboxOut(row)
+	out.Phases = phases
+	w.Header().Set("Location", "/v1/sandboxes/"+out.ID)
+	writeJSON(w, status, out)
+	return nil
+}
+
+func (s *Server) outcome(ctx context.Context, c *creation, id sandbox.ID) (store.Sandbox, []api.Phase, error) {
+	if c != nil {
+		select {
+		case <-c.done:
+			return c.row, c.phases, c.err
+		case <-ctx.Done():
+			return store.Sandbox{}, nil, ctx.Err() // nobody reads this answer; the create goes on
+		}
+	}
+	row, err := s.settled(ctx, id)
+	if err != nil {
+		return store.Sandbox{}, nil, err
+	}
+	if row.State == sandbox.Failed {
+		return row, nil, createError(row, sandbox.KindConflict)
+	}
+	return row, nil, nil
+}
+
+// settled waits until a create that another process runs, or ran, has an end.
+func (s *Server) settled(ctx context.Context, id sandbox.ID) (store.Sandbox, error) {
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		row, err := s.cfg.Store.Sandbox(ctx, id)
+		if err != nil || row.State != sandbox.Creating {
+			return row, err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return row, ctx.Err()
+		case <-s.ctx.Done():
+			return row, errStopping
+		}
+	}
+}
+
+// create takes a recorded sandbox to running, or to failed.
+func (s *Server) create(ctx context.Context, row store.Sandbox, timeout time.Duration) (store.Sandbox, []api.Phase, error) {
+	start := s.cfg.Now()
+	running, phases, err := s.boot(ctx, row, timeout)
+	if err != nil {
+		after, err := s.createFailed(ctx, row, err)
+		return after, nil, err
+	}
+	took := s.cfg.Now().Sub(start)
+	s.meters.creates.WithLabelValues("running").Inc()
+	s.meters.boot.Observe(took.Seconds())
+	s.cfg.Log.Info("state changed", "sandbox", row.ID, "host", row.Host, "op", "create", "from", row.State, "to", running.State, "took", took)
+	return running, phases, nil
+}
+
+// boot has the host make the sandbox. Its life starts when it runs: until then
+// the host has a later deadline, which holds if we die here.
+func (s *Server) boot(ctx context.Context, row store.Sandbox, timeout time.Duration) (store.Sandbox, []api.Phase, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.CreateLimit)
+	defer cancel()
+	if err := fault.Point(ctx, "control/create/recorded"); err != nil {
+		return row, nil, err
+	}
+	deadline := s.cfg.Now().Add(min(s.cfg.CreateLimit+timeout, sandbox.MaxTimeout))
+	resp, err := s.cfg.Host.CreateSandbox(ctx, connect.NewRequest(&hostv1.CreateSandboxRequest{Spec: specOut(row, deadline)}))
+	if err != nil {
+		return row, nil, hostapi.FromConnect(err)
+	}
+	if err := fault.Point(ctx, "control/create/created"); err != nil {
+		return row, nil, err
+	}
+	deadline = s.cfg.Now().Add(timeout)
+	_, err = s.cfg.Host.SetDeadline(ctx, connect.NewRequest(
+		&hostv1.SetDeadlineRequest{Id: string(row.ID), Deadline: timestamppb.New(deadline)}))
+	if err != nil {
+		return row, nil, fmt.Errorf("set deadline: %w", hostapi.FromConnect(err))
+	}
+	if err := fault.Point(ctx, "control/create/bounded"); err != nil {
+		return row, nil, err
+	}
+	row, err = s.cfg.Store.Running(ctx, row, deadline)
+	if err != nil {
+		return row, nil, err
+	}
+	return row, phasesOut(resp.Msg.GetStatus().GetPhases()), nil
+}
+
+var errDestroyed = sandbox.Errorf(sandbox.KindConflict, "the sandbox was destroyed while it was being created")
+
+// createFailed removes what the host may have and records the end. A host that
+// does not answer now is told later: what the database has as ended, the
+// reconciler destroys.
+func (s *Server) createFailed(ctx context.Context, row store.Sandbox, why error) (store.Sandbox, error) {
+	if cause := context.Cause(ctx); errors.Is(cause, errDestroyed) || errors.Is(cause, errStopping) {
+		why = cause
+	}
+	kind := sandbox.KindOf(why)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.CallLimit)
+	defer cancel()
+	if now, err := s.cfg.Store.Sandbox(ctx, row.ID); err == nil && now.State != sandbox.Creating {
+		// Whoever changed it sees to the host.
+		return now, &aboutSandbox{row.ID, errDestroyed}
+	}
+	cause, detail := sandbox.CauseCreateFailed, why.Error()
+	resp, err := s.cfg.Host.DestroySandbox(ctx, connect.NewRequest(
+		&hostv1.DestroySandboxRequest{Id: string(row.ID), Cause: string(cause)}))
+	if err != nil {
+		s.cfg.Log.Warn("failed create not removed from its host yet", "sandbox", row.ID, "host", row.Host, "op", "create", "err", err)
+	} else if st := resp.Msg.GetStatus(); st.GetState() == hostv1.State_STATE_ENDED {
+		if told := sandbox.Cause(st.GetCause()); told.Valid() {
+			cause = told
+		}
+		if st.GetCauseDetail() != "" {
+			detail = st.GetCauseDetail()
+		}
+	}
+	s.meters.creates.WithLabelValues(string(cause)).Inc()
+	s.cfg.Log.Warn("state changed", "sandbox", row.ID, "host", row.Host, "op", "create", "to", cause.End(), "cause", cause, "err", why)
+	after, err := s.cfg.Store.End(ctx, row, cause, detail, s.cfg.Now())
+	if err != nil {
+		// The row stays creating and nobody owns it now: the reconciler ends it.
+		return row, &aboutSandbox{row.ID, fmt.Errorf("record the end of a failed create: %w", err)}
+	}
+	return after, createError(after, kind)
+}
+
+// createError tells why a create failed. The cause and its detail are meant for
+// whoever asked, who can read them with GET as well.
+func createError(row store.Sandbox, kind sandbox.Kind) error {
+	return &aboutSandbox{row.ID, &told{sandbox.Errorf(kind,
+		"the sandbox could not be created: %s: %s", row.Cause, cut(row.CauseDetail, 2000))}}
+}
+
+// told marks an error whose text may be shown even when its kind is internal.
+type told struct{ err error }
+
+func (t *told) Error() string { return t.err.Error() }
+func (t *told) Unwrap() error { return t.err }

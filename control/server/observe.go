@@ -1,0 +1,118 @@
+package server
+
+import (
+	"bufio"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/dormouse-sandbox/dormouse/api"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+)
+
+// observe gives every request an ID, one log line, its metrics, and an answer
+// even when its handler panics.
+func (s *Server) observe(mux *http.ServeMux, unmatched http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		start := s.cfg.Now()
+		next, pattern := mux.Handler(r)
+		if pattern == "" {
+			next, pattern = unmatched, "unmatched"
+		} else {
+			next = mux // it sets the path values; Handler does not
+		}
+		rec := &recorder{ResponseWriter: w}
+		id := rand.Text()
+		h := rec.Header()
+		h.Set(api.HeaderRequestID, id)
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("Cache-Control", "no-store")
+		r.Header.Set(api.HeaderRequestID, id) // for fail; a client's own is not trusted
+		s.meters.underWay.Inc()
+		defer func() {
+			s.meters.underWay.Dec()
+			aborted := s.recovered(rec, r, recover())
+			took := s.cfg.Now().Sub(start)
+			s.meters.request(pattern, rec.status, took)
+			s.cfg.Log.Info("request", "request", id, "op", pattern, "sandbox", sandboxOf(r), "status", rec.status,
+				"bytes", rec.bytes, "took", took, "remote", r.RemoteAddr, "aborted", aborted)
+			if aborted {
+				panic(http.ErrAbortHandler) // the server drops the connection: the client sees that the answer is cut
+			}
+		}()
+		next.ServeHTTP(rec, r)
+	})
+}
+
+// recovered turns a panic into an answer, if none has begun.
+func (s *Server) recovered(rec *recorder, r *http.Request, cause any) (aborted bool) {
+	if cause == nil {
+		return false
+	}
+	if err, ok := cause.(error); ok && errors.Is(err, http.ErrAbortHandler) {
+		return true
+	}
+	s.cfg.Log.Error("panic", "request", requestID(r), "op", r.Pattern, "panic", fmt.Sprint(cause), "stack", string(debug.Stack()))
+	if rec.status != 0 {
+		return true
+	}
+	s.fail(rec, r, errors.New("panic"))
+	return false
+}
+
+// sandboxOf is the path's ID if it is one: nothing else of a path is logged.
+func sandboxOf(r *http.Request) string {
+	id, err := sandbox.ParseID(r.PathValue("id"))
+	if err != nil {
+		return ""
+	}
+	return string(id)
+}
+
+func requestID(r *http.Request) string { return r.Header.Get(api.HeaderRequestID) }
+
+// recorder remembers what was answered.
+type recorder struct {
+	http.ResponseWriter
+	status int
+	bytes  int64
+}
+
+func (r *recorder) WriteHeader(status int) {
+	if r.status == 0 || r.status < 200 {
+		r.status = status
+	}
+	r.ResponseWriter.WriteHeader(status)
+}
+
+func (r *recorder) Write(p []byte) (int, error) {
+	if r.status == 0 {
+		r.status = http.StatusOK
+	}
+	n, err := r.ResponseWriter.Write(p)
+	r.bytes += int64(n)
+	return n, err
+}
+
+// Unwrap lets http.ResponseController find the connection.
+func (r *recorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }
+
+// Hijack hands the connection to a WebSocket.
+func (r *recorder) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	r.status = http.StatusSwitchingProtocols
+	return http.NewResponseController(r.ResponseWriter).Hijack()
+}
+
+func (m *meters) request(pattern string, status int, took time.Duration) {
+	if strings.HasSuffix(pattern, "/stream") {
+		took = 0 // how long a command runs says nothing about the server
+	}
+	m.requests.WithLabelValues(pattern, strconv.Itoa(status)).Inc()
+	m.seconds.WithLabelValues(pattern).Observe(took.Seconds())
+}
