@@ -31,9 +31,9 @@
 // policy: it knows a veth by the prefix of its name, so that "deny" holds from
 // the moment the veth exists, a set of the veths that may reach the internet,
 // and a set of denied ranges. The second follows the host's addresses and
-// connected networks while they change. What is denied is refused with an ICMP
-// message, so that nothing in a guest hangs; packets to the host itself are
-// dropped.
+// connected networks while they change. What is denied is refused with a reset
+// or an ICMP message, so that nothing in a guest hangs; packets to the host
+// itself are dropped.
 //
 // An accept in our table does not overrule a drop in another tool's, such as
 // Docker's FORWARD policy: Check finds that, and says the cure.

@@ -119,7 +119,7 @@ func jump(chain string) match {
 func accept() match { return verdict(expr.VerdictAccept) }
 func drop() match   { return verdict(expr.VerdictDrop) }
 
-// refuse tells the sender at once, so that nothing waits for a timeout.
+// refuse tells the sender with an ICMP message.
 func refuse() match {
 	return match{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}
 }

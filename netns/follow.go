@@ -25,10 +25,13 @@ func (n *Network) followHost(ctx context.Context, known []span) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-events:
-			timer.Reset(followPause)
-			continue
 		case <-timer.C:
+		case <-events:
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(followPause):
+			}
 		}
 		timer.Reset(followEvery)
 		now, err := deniedSpans(ctx, n.cfg.Pool, n.cfg.DenyExtra)

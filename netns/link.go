@@ -29,7 +29,7 @@ func createVeth(ctx context.Context, name, path string) error {
 	if err != nil {
 		return fmt.Errorf("open namespace %s: %w", path, err)
 	}
-	defer ns.Close()
+	defer func() { _ = ns.Close() }() // nothing was written
 	return do(ctx, "veth-add", "add veth "+name, func() error {
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name = name

@@ -93,14 +93,14 @@ func within(ns string, fn func() error) error {
 			done <- err
 			return
 		}
-		defer home.Close()
+		defer func() { _ = home.Close() }() // nothing was written
 		there, err := vnetns.GetFromPath("/run/netns/" + ns)
 		if err != nil {
 			runtime.UnlockOSThread()
 			done <- err
 			return
 		}
-		defer there.Close()
+		defer func() { _ = there.Close() }() // nothing was written
 		if err = vnetns.Set(there); err == nil {
 			err = fn()
 		}

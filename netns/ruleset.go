@@ -144,14 +144,17 @@ func (r ruleset) chains(w *tableWriter, internet, denied *nftables.Set) {
 		Table: w.t, Chain: note, Exprs: join(verdict(expr.VerdictReturn)),
 		UserData: userdata.AppendString(nil, userdata.TypeComment, r.memo.String()),
 	})
+	w.chain("refuse", // the sender learns of it at once; resets are not rate-limited as ICMP is
+		join(l4(unix.IPPROTO_TCP), reset()),
+		join(refuse()))
 	w.chain("from_guest",
 		join(ipv6(), drop()),
 		join(ipv4(), sourceWithin(expr.CmpOpNeq, r.memo.pool), drop()), // its namespace translates everything
-		join(to, refuse()),
-		join(ipv4(), destinationIn(denied), refuse()),
+		join(to, jump("refuse")),
+		join(ipv4(), destinationIn(denied), jump("refuse")),
 		join(l4(unix.IPPROTO_TCP), tcpFlags(synRst, syn), clampMSS()),
 		join(iifIn(internet), accept()),
-		join(refuse()),
+		join(jump("refuse")),
 	)
 	w.chain("to_guest",
 		join(ipv6(), drop()),

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -62,15 +63,34 @@ func (s *Slot) Gateway() netip.Addr { return gatewayPrefix.Addr() }
 func (s *Slot) OpenTap() (f *os.File, err error) {
 	ctx := context.Background()
 	err = visit(ctx, s.NetNS(), func() error {
-		return do(ctx, "tap-open", "open "+tapName, func() (err error) {
+		err := do(ctx, "tap-open", "open "+tapName, func() (err error) {
 			f, err = attachTap(tapName)
 			return err
 		})
+		if err == nil {
+			awaitCarrier(tapName)
+		}
+		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("slot %d: %w", s.index, err)
 	}
 	return f, nil
+}
+
+// carrierLimit is far above what it takes, and what a lost first packet costs.
+const carrierLimit = time.Second
+
+// awaitCarrier waits until the kernel has noticed that somebody is at the TAP,
+// which it does in the background: until then it drops what is sent there, and
+// the first connection to the guest loses a second to a retransmission.
+func awaitCarrier(name string) {
+	for end := time.Now().Add(carrierLimit); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		link, err := netlink.LinkByName(name)
+		if err != nil || link.Attrs().OperState == netlink.OperUp {
+			return
+		}
+	}
 }
 
 // Dial connects from inside the namespace: to the guest's agent. address is an
@@ -86,6 +106,10 @@ func (s *Slot) Dial(ctx context.Context, network, address string) (conn net.Conn
 		conn, err = (&net.Dialer{}).DialContext(ctx, network, address)
 		return err
 	})
+	var slow net.Error
+	if errors.As(err, &slow) && slow.Timeout() {
+		err = sandbox.WithKind(sandbox.KindTimeout, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("slot %d: %w", s.index, err)
 	}

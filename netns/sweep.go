@@ -103,18 +103,26 @@ func Remove(ctx context.Context, cfg Config) error {
 	for _, index := range found {
 		errs = append(errs, inst.dismantle(ctx, index))
 	}
-	all, err := memos(ctx)
-	if err != nil {
-		return errors.Join(append(errs, err)...)
-	}
-	own, had := all[inst.table()]
-	if had {
-		// The memo goes with the table, so the value is restored before.
-		errs = append(errs, restoreForwarding(ctx, own, len(all)-1))
-	}
-	errs = append(errs, inst.removeTable(ctx))
+	// The table goes last: while anything is left it denies, and remembers.
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("remove the network of %s: %w", inst, err)
 	}
+	if err := inst.forget(ctx); err != nil {
+		return fmt.Errorf("remove the network of %s: %w", inst, err)
+	}
 	return nil
+}
+
+// forget restores what the memo says, then removes the memo with its table.
+func (i instance) forget(ctx context.Context) error {
+	all, err := memos(ctx)
+	if err != nil {
+		return err
+	}
+	if own, had := all[i.table()]; had {
+		if err := restoreForwarding(ctx, own, len(all)-1); err != nil {
+			return err
+		}
+	}
+	return i.removeTable(ctx)
 }

@@ -43,7 +43,7 @@ func away(enter, fn func() error) error {
 			done <- fmt.Errorf("open own namespace: %w", err)
 			return
 		}
-		defer home.Close()
+		defer func() { _ = home.Close() }() // nothing was written
 		err = enter()
 		if err == nil {
 			err = fn()
@@ -66,7 +66,7 @@ func visit(ctx context.Context, path string, fn func() error) error {
 	if err != nil {
 		return fmt.Errorf("open namespace %s: %w", path, err)
 	}
-	defer ns.Close()
+	defer func() { _ = ns.Close() }() // nothing was written
 	return away(func() error {
 		return do(ctx, "namespace-enter", "enter namespace "+path, func() error { return unix.Setns(int(ns), unix.CLONE_NEWNET) })
 	}, fn)
