@@ -35,7 +35,7 @@ more. The exit status is 1 when something that is needed is missing.`,
 		},
 	}
 	cmd.Flags().StringVar(&o.Listen, "listen", defaultListen, "address the server would listen on")
-	cmd.Flags().StringVar(&o.DataDir, "data-dir", defaultDataDir, "where the server would keep its data")
+	cmd.Flags().StringVar(&o.DataDir, "data", defaultDataDir, "where the server would keep its data")
 	return cmd
 }
 

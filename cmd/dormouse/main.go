@@ -25,6 +25,7 @@ var verbs = []func() *cobra.Command{
 	newRunCommand, newCreateCommand, newLsCommand, newGetCommand, newExecCommand, newCpCommand, newLogsCommand,
 	newRmCommand, newPingCommand, newTimeoutCommand, newMetricsCommand, newTemplatesCommand, newHostCommand,
 	newKeyCommand, newLoginCommand, newDoctorCommand, newVersionCommand,
+	newUpCommand, newDownCommand, newDemoCommand,
 }
 
 func main() {

@@ -63,19 +63,6 @@ func device(name string, d Device, needed bool, why string) Finding {
 	return Finding{Name: name, Status: OK, Found: d.Path}
 }
 
-func feature(name string, k Feature, why string) Finding {
-	switch {
-	case !k.Asked:
-		return Finding{Name: name, Status: OK, Found: "not asked: that needs root (sudo dormouse doctor)"}
-	case k.Err != "":
-		return Finding{
-			Name: name, Status: Missing, Found: k.Err, Why: why,
-			Cure: "use a kernel with it (Debian's and Ubuntu's have it); a container needs CAP_NET_ADMIN and CAP_SYS_ADMIN",
-		}
-	}
-	return Finding{Name: name, Status: OK, Found: "works"}
-}
-
 func port(f Facts) Finding {
 	p := f.Port
 	x := Finding{Name: "port", Status: OK, Found: p.Addr + " is free"}
@@ -95,20 +82,26 @@ func port(f Facts) Finding {
 	return x
 }
 
-func forward(f Facts) Finding {
-	x := Finding{Name: "forwarding", Status: OK, Found: "no other firewall drops forwarded packets"}
-	switch {
-	case !f.Forward.Asked:
-		x.Found = "not asked: that needs root (sudo dormouse doctor)"
-	case f.Forward.Err != "":
-		x.Status, x.Found = Warn, f.Forward.Err
-		x.Why = "another tool's firewall might keep guests from the internet"
-	case f.Forward.Drop != "":
-		x.Status, x.Found = Warn, f.Forward.Drop
-		x.Why = "sandboxes run, but reach no internet: a packet must pass every firewall, and this one drops it"
-		x.Cure = "allow forwarding from our interfaces; for Docker: iptables -I DOCKER-USER -i dm+ -j ACCEPT; iptables -I DOCKER-USER -o dm+ -j ACCEPT"
+// network takes over what package netns says, with what it means for a server.
+func network(f Facts) []Finding {
+	if !f.Root || len(f.Network) == 0 {
+		return []Finding{{Name: "network", Status: Warn, Found: "not looked at: that needs root", Cure: "sudo dormouse doctor"}}
 	}
-	return x
+	var findings []Finding
+	for _, n := range f.Network {
+		x := Finding{Name: n.Name, Status: OK, Found: n.Text}
+		switch {
+		case n.OK:
+		case n.Name == ForwardDrop:
+			x.Status, x.Cure = Warn, n.Cure
+			x.Why = "sandboxes run, but reach no internet: a packet must pass every firewall there is"
+		default:
+			x.Status, x.Cure = Missing, n.Cure
+			x.Why = "every sandbox has a network of its own"
+		}
+		findings = append(findings, x)
+	}
+	return findings
 }
 
 func memory(f Facts) Finding {
@@ -133,7 +126,7 @@ func disk(f Facts) Finding {
 	default:
 		return x
 	}
-	x.Cure = "free some, or put the data elsewhere: dormouse up --data-dir DIR"
+	x.Cure = "free some, or put the data elsewhere: dormouse up --data DIR"
 	return x
 }
 

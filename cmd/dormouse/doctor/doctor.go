@@ -47,10 +47,8 @@ type Facts struct {
 	KVM     KVM
 	FUSE    Device
 	TUN     Device
-	Veth    Feature
-	NFT     Feature
 	Port    Port
-	Forward Forward
+	Network []Network // what the network package found; empty where nobody asked it
 
 	MemTotalMiB     int
 	MemAvailableMiB int
@@ -85,12 +83,6 @@ type KVM struct {
 	Reason  string // what the probe says
 }
 
-// Feature is something the kernel does or does not.
-type Feature struct {
-	Asked bool   // it could be asked; without root it often cannot
-	Err   string // why it does not work, or empty
-}
-
 // Port is the server's address.
 type Port struct {
 	Addr     string
@@ -100,12 +92,17 @@ type Port struct {
 	Dormouse bool // a Dormouse server answers there
 }
 
-// Forward is whether another tool's firewall drops what our guests send.
-type Forward struct {
-	Asked bool
-	Drop  string // which chain drops, or empty
-	Err   string
+// Network is one thing that package netns looked at. A firewall of another tool
+// that drops is named ForwardDrop: sandboxes run all the same.
+type Network struct {
+	Name string
+	OK   bool
+	Text string
+	Cure string
 }
+
+// ForwardDrop is the name under which netns reports other tools' firewalls.
+const ForwardDrop = "forward-drop"
 
 // What one sandbox of the default shape needs beside the system.
 const (
@@ -122,9 +119,8 @@ func Check(f Facts) Report {
 	}
 	findings = append(findings, kvm(f), device("fuse", f.FUSE, false, "later versions serve memory and disks through it"),
 		device("tun", f.TUN, true, "every sandbox has a TAP device"),
-		feature("veth", f.Veth, "every sandbox has a veth pair"),
-		feature("nftables", f.NFT, "the firewall that keeps guests away from the host is made of it"),
-		port(f), forward(f), memory(f), disk(f), cgroup(f))
+		port(f), memory(f), disk(f), cgroup(f))
+	findings = append(findings, network(f)...)
 	r := Report{Ready: true, Findings: findings}
 	for _, x := range findings {
 		r.Ready = r.Ready && x.Status != Missing

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dormouse-sandbox/dormouse/netns"
 )
 
 // Options says where the server would be.
@@ -52,8 +54,9 @@ func Look(ctx context.Context, o Options) Facts {
 	f.MemTotalMiB, f.MemAvailableMiB = lookMemory("/proc/meminfo")
 	f.DiskFreeMiB = diskFree(o.DataDir)
 	if f.Root {
-		f.Veth, f.NFT = askVeth(), askNFT()
-		f.Forward = askForward()
+		for _, n := range netns.Check(ctx) {
+			f.Network = append(f.Network, Network(n))
+		}
 	}
 	return f
 }

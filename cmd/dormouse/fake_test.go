@@ -1,0 +1,348 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/coder/websocket"
+	"github.com/coder/websocket/wsjson"
+
+	"github.com/dormouse-sandbox/dormouse/api"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+)
+
+const testKey = "dm_test"
+
+// fakeServer speaks as much of the public API as the verbs need. Commands are
+// played by run.
+type fakeServer struct {
+	t   *testing.T
+	url string
+
+	mu      sync.Mutex
+	boxes   []*api.Sandbox // newest first
+	files   map[string]string
+	lastReq api.CreateSandbox
+	creates int
+	logs    string
+
+	onCreate func()                                                  // called before a create answers
+	run      func(ctx context.Context, p *fakeProcess) (int, string) // nil: echo
+}
+
+// fakeProcess is one command.
+type fakeProcess struct {
+	exec   api.Exec
+	stdin  io.Reader // nil without input
+	stdout io.Writer
+	stderr io.Writer
+}
+
+func newFake(t *testing.T) *fakeServer {
+	t.Helper()
+	f := &fakeServer{t: t, files: map[string]string{}}
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /v1/sandboxes", f.create)
+	mux.HandleFunc("GET /v1/sandboxes", f.list)
+	mux.HandleFunc("GET /v1/sandboxes/{id}", f.withBox(func(w http.ResponseWriter, _ *http.Request, b *api.Sandbox) { writeJSON(w, b) }))
+	mux.HandleFunc("DELETE /v1/sandboxes/{id}", f.withBox(f.remove))
+	mux.HandleFunc("POST /v1/sandboxes/{id}/exec", f.withBox(f.exec))
+	mux.HandleFunc("GET /v1/sandboxes/{id}/exec/stream", f.withBox(f.stream))
+	mux.HandleFunc("POST /v1/sandboxes/{id}/timeout", f.withBox(f.timeout))
+	mux.HandleFunc("POST /v1/sandboxes/{id}/ping", f.withBox(func(w http.ResponseWriter, _ *http.Request, _ *api.Sandbox) { writeJSON(w, api.Ping{Millis: 2.34}) }))
+	mux.HandleFunc("GET /v1/sandboxes/{id}/logs", f.withBox(f.console))
+	mux.HandleFunc("GET /v1/sandboxes/{id}/files/{what}", f.withBox(f.file))
+	mux.HandleFunc("PUT /v1/sandboxes/{id}/files/write", f.withBox(f.write))
+	mux.HandleFunc("GET /v1/host", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, api.Host{Name: "here", Accelerator: "tcg"}) })
+	mux.HandleFunc("GET /v1/templates", func(w http.ResponseWriter, _ *http.Request) {
+		writeJSON(w, api.TemplateList{Templates: []api.Template{{Name: "base", SizeBytes: 3 << 20, MinDiskMiB: 1024, BuiltAt: time.Now()}}})
+	})
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Authorization") != "Bearer "+testKey {
+			refuse(w, sandbox.KindUnauthorized, "the key is wrong")
+			return
+		}
+		mux.ServeHTTP(w, r)
+	}))
+	t.Cleanup(server.Close)
+	f.url = server.URL
+	t.Setenv("DORMOUSE_URL", server.URL)
+	t.Setenv("DORMOUSE_API_KEY", testKey)
+	t.Setenv("XDG_CONFIG_HOME", t.TempDir())
+	return f
+}
+
+func writeJSON(w http.ResponseWriter, v any) {
+	_ = json.NewEncoder(w).Encode(v) // the client sees what is missing
+}
+
+func refuse(w http.ResponseWriter, kind sandbox.Kind, message string) {
+	w.WriteHeader(api.Status(kind))
+	writeJSON(w, api.Error{Error: api.ErrorDetail{Code: string(kind), Message: message}})
+}
+
+// add puts a running sandbox there.
+func (f *fakeServer) add(id string) *api.Sandbox {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	deadline := time.Now().Add(5*time.Minute + 500*time.Millisecond)
+	b := &api.Sandbox{
+		ID: id, State: "running", Template: "base", VCPUs: 1, MemMiB: 512, DiskMiB: 4096,
+		CreatedAt: time.Now().Add(-90 * time.Second), Deadline: &deadline, Network: api.Network{Internet: true},
+	}
+	f.boxes = append([]*api.Sandbox{b}, f.boxes...)
+	return b
+}
+
+// end ends a sandbox.
+func (f *fakeServer) end(b *api.Sandbox, cause sandbox.Cause) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	now := time.Now()
+	b.State, b.Cause, b.EndedAt = string(cause.End()), string(cause), &now
+}
+
+func (f *fakeServer) states() (out []string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, b := range f.boxes {
+		out = append(out, b.State)
+	}
+	return out
+}
+
+func (f *fakeServer) create(w http.ResponseWriter, r *http.Request) {
+	var req api.CreateSandbox
+	if err := json.NewDecoder(r.Body).Decode(&req); err != nil {
+		refuse(w, sandbox.KindInvalid, err.Error())
+		return
+	}
+	if req.Template == "nosuch" {
+		refuse(w, sandbox.KindNotFound, `there is no template "nosuch"`)
+		return
+	}
+	b := f.add(string(sandbox.NewID()))
+	f.mu.Lock()
+	f.lastReq = req
+	f.creates++
+	hook := f.onCreate
+	f.mu.Unlock()
+	if hook != nil {
+		hook()
+	}
+	writeJSON(w, b)
+}
+
+func (f *fakeServer) list(w http.ResponseWriter, r *http.Request) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	out := api.SandboxList{Sandboxes: []api.Sandbox{}}
+	for _, b := range f.boxes {
+		if r.URL.Query().Get("all") == "true" || !sandbox.State(b.State).Ended() {
+			out.Sandboxes = append(out.Sandboxes, *b)
+		}
+	}
+	writeJSON(w, out)
+}
+
+func (f *fakeServer) withBox(handle func(http.ResponseWriter, *http.Request, *api.Sandbox)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		f.mu.Lock()
+		var found *api.Sandbox
+		for _, b := range f.boxes {
+			if b.ID == r.PathValue("id") {
+				found = b
+			}
+		}
+		f.mu.Unlock()
+		if found == nil {
+			refuse(w, sandbox.KindNotFound, "there is no sandbox "+r.PathValue("id"))
+			return
+		}
+		handle(w, r, found)
+	}
+}
+
+func (f *fakeServer) remove(w http.ResponseWriter, _ *http.Request, b *api.Sandbox) {
+	f.end(b, sandbox.CauseUser)
+	writeJSON(w, b)
+}
+
+func (f *fakeServer) timeout(w http.ResponseWriter, r *http.Request, b *api.Sandbox) {
+	var req api.Timeout
+	if err := json.NewDecoder(r.Body).Decode(&req); err != nil || req.TimeoutSeconds < 1 {
+		refuse(w, sandbox.KindInvalid, "timeout must be at least 1s")
+		return
+	}
+	deadline := time.Now().Add(time.Duration(req.TimeoutSeconds*float64(time.Second)) + 500*time.Millisecond)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	b.Deadline = &deadline
+	writeJSON(w, b)
+}
+
+func (f *fakeServer) play(ctx context.Context, p *fakeProcess) (int, string) {
+	if f.run != nil {
+		return f.run(ctx, p)
+	}
+	_, _ = io.WriteString(p.stdout, strings.Join(p.exec.Command, " ")+"\n") // a client that left sees nothing
+	return 0, "exit status 0"
+}
+
+func (f *fakeServer) exec(w http.ResponseWriter, r *http.Request, _ *api.Sandbox) {
+	var req api.Exec
+	if err := json.NewDecoder(r.Body).Decode(&req); err != nil {
+		refuse(w, sandbox.KindInvalid, err.Error())
+		return
+	}
+	var stdout, stderr bytes.Buffer
+	code, status := f.play(r.Context(), &fakeProcess{req, strings.NewReader(req.Stdin), &stdout, &stderr})
+	writeJSON(w, api.ExecResult{ExitCode: code, Status: status, Stdout: stdout.String(), Stderr: stderr.String()})
+}
+
+// channel writes one channel of an exec stream.
+type channel struct {
+	ctx  context.Context
+	conn *websocket.Conn
+	name byte
+}
+
+func (c channel) Write(p []byte) (int, error) {
+	return len(p), c.conn.Write(c.ctx, websocket.MessageBinary, append([]byte{c.name}, p...))
+}
+
+func (f *fakeServer) stream(w http.ResponseWriter, r *http.Request, _ *api.Sandbox) {
+	conn, err := websocket.Accept(w, r, nil)
+	if err != nil {
+		return
+	}
+	defer func() { _ = conn.CloseNow() }()
+	conn.SetReadLimit(api.MaxStreamMessage + 1)
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	var start api.StreamMessage
+	if err := wsjson.Read(ctx, conn, &start); err != nil {
+		return
+	}
+	if start.Exec.Command[0] == "missing" {
+		_ = wsjson.Write(ctx, conn, api.StreamMessage{Type: api.StreamError, Error: &api.ErrorDetail{Code: "not_found", Message: `there is no program "missing"`}})
+		return
+	}
+	input, feed := io.Pipe()
+	go func() {
+		defer cancel() // whoever goes away takes its command along
+		readInput(ctx, conn, feed)
+	}()
+	_ = wsjson.Write(ctx, conn, api.StreamMessage{Type: api.StreamStarted, PID: 7})
+	p := &fakeProcess{exec: *start.Exec, stdout: channel{ctx, conn, api.ChannelStdout}, stderr: channel{ctx, conn, api.ChannelStderr}}
+	if start.Stdin {
+		p.stdin = input
+	}
+	code, status := f.play(ctx, p)
+	if ctx.Err() != nil {
+		return
+	}
+	_ = wsjson.Write(ctx, conn, api.StreamMessage{Type: api.StreamExit, ExitCode: &code, Status: status})
+	_ = conn.Close(websocket.StatusNormalClosure, "")
+}
+
+func readInput(ctx context.Context, conn *websocket.Conn, feed *io.PipeWriter) {
+	var total int64
+	for {
+		typ, data, err := conn.Read(ctx)
+		if err != nil {
+			_ = feed.CloseWithError(err)
+			return
+		}
+		if typ == websocket.MessageText {
+			_ = feed.Close() // close_stdin is the only one these tests send
+			continue
+		}
+		n, _ := feed.Write(data[1:])
+		total += int64(n)
+		_ = wsjson.Write(ctx, conn, api.StreamMessage{Type: api.StreamStdinAck, Bytes: total})
+	}
+}
+
+func (f *fakeServer) console(w http.ResponseWriter, r *http.Request, _ *api.Sandbox) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var from int
+	if err := json.Unmarshal([]byte(r.URL.Query().Get("offset")+" "), &from); err != nil {
+		from = 0
+	}
+	w.Header().Set(api.HeaderNextOffset, jsonText(len(f.logs)))
+	_, _ = io.WriteString(w, f.logs[from:])
+}
+
+func jsonText(v any) string {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic(err)
+	}
+	return string(b)
+}
+
+func (f *fakeServer) file(w http.ResponseWriter, r *http.Request, _ *api.Sandbox) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	path := r.URL.Query().Get("path")
+	text, isFile := f.files[path]
+	isDir := path == "/tmp" || path == "/tmp/"
+	switch {
+	case !isFile && !isDir:
+		refuse(w, sandbox.KindNotFound, "there is no file "+path)
+	case r.PathValue("what") == "read":
+		_, _ = io.WriteString(w, text)
+	case isDir:
+		writeJSON(w, api.File{Path: "/tmp", Type: "directory"})
+	default:
+		writeJSON(w, api.File{Path: path, Type: "file", Size: int64(len(text)), Mode: 0o755})
+	}
+}
+
+func (f *fakeServer) write(w http.ResponseWriter, r *http.Request, _ *api.Sandbox) {
+	data, err := io.ReadAll(r.Body)
+	if err != nil {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	path := r.URL.Query().Get("path")
+	f.files[path] = string(data)
+	writeJSON(w, api.Written{Path: path, Size: int64(len(data))})
+}
+
+// result is what a command line did.
+type result struct {
+	code        int
+	out, errOut string
+}
+
+// dormouse runs a command line as main does, with input as standard input.
+func dormouse(t *testing.T, ctx context.Context, input io.Reader, line ...string) result {
+	t.Helper()
+	var out, errOut bytes.Buffer
+	root := newRootCommand()
+	root.SetIn(input)
+	root.SetOut(&out)
+	root.SetErr(&errOut)
+	root.SetArgs(line)
+	err := root.ExecuteContext(ctx)
+	complain(&errOut, ctx, err)
+	return result{exitCode(ctx, err), out.String(), errOut.String()}
+}
+
+// ask runs a command line without input.
+func ask(t *testing.T, line ...string) result {
+	t.Helper()
+	return dormouse(t, t.Context(), strings.NewReader(""), line...)
+}

@@ -1,0 +1,144 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base32"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/dormouse-sandbox/dormouse/client"
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
+	"github.com/dormouse-sandbox/dormouse/internal/osfs"
+)
+
+// instance is one server on this machine, as its data directory makes it. Two
+// of them side by side share nothing that has a name.
+type instance struct {
+	data string // absolute
+	name string // [a-z0-9]{5}, in the name of everything on the host
+}
+
+func newInstance(data string) (instance, error) {
+	abs, err := filepath.Abs(data)
+	if err != nil {
+		return instance{}, err
+	}
+	sum := sha256.Sum256([]byte(abs))
+	name := strings.ToLower(base32.StdEncoding.EncodeToString(sum[:])[:5])
+	return instance{data: abs, name: name}, nil
+}
+
+func (i instance) hostDir() string      { return filepath.Join(i.data, "host") }
+func (i instance) runDir() string       { return "/run/dormouse-" + i.name }
+func (i instance) templatesDir() string { return filepath.Join(i.data, "templates") }
+func (i instance) databasePath() string { return filepath.Join(i.data, "control.db") }
+func (i instance) logPath() string      { return filepath.Join(i.data, "server.log") }
+func (i instance) probePath() string    { return filepath.Join(i.data, "kvm-probe.json") }
+func (i instance) statePath() string    { return filepath.Join(i.data, "server.json") }
+
+// uidBase is the first of the user IDs of this instance's VMs. It lies above
+// what distributions and user namespaces give out, and each instance has a
+// range of its own, so that one server's VMs cannot signal another's.
+func (i instance) uidBase() int {
+	const first, ranges, size = 1_900_000_000, 1000, 1 << 16
+	sum := sha256.Sum256([]byte("uids of " + i.data))
+	return first + int(binary.BigEndian.Uint32(sum[:4])%ranges)*size
+}
+
+// makeData makes the data directory. VMs open their disks by path as users of
+// their own: they may pass through, and list nothing.
+func (i instance) makeData() error {
+	if err := osfs.MkdirAll("data-dir", i.data, 0o711); err != nil {
+		return fmt.Errorf("make data directory: %w", err)
+	}
+	return nil
+}
+
+// serverState is what a running server writes down of itself.
+type serverState struct {
+	PID       int    `json:"pid"`
+	StartTime uint64 `json:"start_time"`
+	URL       string `json:"url"`
+	Version   string `json:"version"`
+}
+
+func (i instance) writeState(s serverState) error {
+	data, err := json.Marshal(s)
+	if err != nil {
+		return err
+	}
+	return osfs.WriteFile("server-state", i.statePath(), data, 0o644)
+}
+
+// running finds the server of this instance, if its process lives.
+func (i instance) running() (serverState, bool, error) {
+	data, err := osfs.ReadFileLimit(i.statePath(), 64<<10)
+	if errors.Is(err, fs.ErrNotExist) {
+		return serverState{}, false, nil
+	}
+	if err != nil {
+		return serverState{}, false, err
+	}
+	var s serverState
+	if err := json.Unmarshal(data, &s); err != nil {
+		return serverState{}, false, fmt.Errorf("%s: %w", i.statePath(), err)
+	}
+	p, err := kernel.OpenProcess(s.PID, s.StartTime)
+	if err != nil {
+		return s, false, nil // it is gone, or the number is a stranger's by now
+	}
+	defer func() { _ = p.Close() }() // only a handle
+	return s, !p.Exited(), nil
+}
+
+// stop ends the server and waits for it. Its sandboxes run on.
+func (i instance) stop(ctx context.Context) (stopped bool, _ error) {
+	s, alive, err := i.running()
+	if err != nil || !alive {
+		return false, err
+	}
+	p, err := kernel.OpenProcess(s.PID, s.StartTime)
+	if err != nil {
+		return false, nil // it ended just now
+	}
+	defer func() { _ = p.Close() }() // only a handle
+	for _, try := range []struct {
+		signal   syscall.Signal
+		patience time.Duration
+	}{{syscall.SIGTERM, 90 * time.Second}, {syscall.SIGKILL, 10 * time.Second}} {
+		if err := p.Signal(try.signal); err != nil && !errors.Is(err, syscall.ESRCH) {
+			return false, fmt.Errorf("stop server %d: %w", s.PID, err)
+		}
+		waiting, cancel := context.WithTimeout(ctx, try.patience)
+		err = p.Wait(waiting)
+		cancel()
+		if err == nil {
+			return true, nil
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return false, fmt.Errorf("stop server %d: %w", s.PID, err)
+}
+
+// healthy says that a server answers at url.
+func healthy(ctx context.Context, url string) bool {
+	c, err := client.New(client.Config{BaseURL: url})
+	if err != nil {
+		return false
+	}
+	defer c.CloseIdle()
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	_, err = c.Health(ctx)
+	return err == nil
+}

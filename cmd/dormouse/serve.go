@@ -1,0 +1,213 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/dormouse-sandbox/dormouse/control/auth"
+	"github.com/dormouse-sandbox/dormouse/control/server"
+	"github.com/dormouse-sandbox/dormouse/control/store"
+	"github.com/dormouse-sandbox/dormouse/disk/qcow"
+	"github.com/dormouse-sandbox/dormouse/host"
+	"github.com/dormouse-sandbox/dormouse/host/hostapi"
+	"github.com/dormouse-sandbox/dormouse/host/hostapi/gen/dormouse/host/v1/hostv1connect"
+	hostserver "github.com/dormouse-sandbox/dormouse/host/server"
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
+	"github.com/dormouse-sandbox/dormouse/internal/undo"
+	"github.com/dormouse-sandbox/dormouse/netns"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/template"
+	"github.com/dormouse-sandbox/dormouse/vmm/qemu"
+)
+
+// preparedSlots is how many networks are kept ready ahead.
+const preparedSlots = 4
+
+// probeLimit is how long the guest kernel may take to say something under KVM.
+const probeLimit = 5 * time.Second
+
+// prepared is what sandboxes are started with.
+type prepared struct {
+	templates *template.Store
+	kernel    template.Kernel
+	initrd    string
+	vmm       *qemu.Driver
+}
+
+// prepare builds what is missing and finds out how VMs run here. Done once, it
+// costs little.
+func prepare(ctx context.Context, o upOptions, log *slog.Logger, progress template.Progress) (prepared, error) {
+	var p prepared
+	var err error
+	p.templates, err = template.Open(template.Config{Dir: o.inst.templatesDir(), Cache: o.cache, Log: log})
+	if err != nil {
+		return p, fmt.Errorf("open templates: %w", err)
+	}
+	guest, err := guestBinary()
+	if err != nil {
+		return p, err
+	}
+	p.kernel, err = p.templates.Kernel(ctx, template.KernelConfig{Image: o.kernel, ModulesDir: o.modules, Mirror: o.mirror}, progress)
+	if err != nil {
+		return p, fmt.Errorf("guest kernel: %w", err)
+	}
+	if p.initrd, err = p.templates.Initramfs(ctx, p.kernel, guest); err != nil {
+		return p, fmt.Errorf("initramfs: %w", err)
+	}
+	recipe := template.BaseRecipe()
+	recipe.Mirror = o.mirror
+	if _, err := p.templates.Build(ctx, recipe, progress); err != nil {
+		return p, fmt.Errorf("template %s: %w", recipe.Name, err)
+	}
+	p.vmm, err = openVMM(ctx, o, p, log)
+	return p, err
+}
+
+// guestBinary is the agent that goes into the initramfs: it lies beside us.
+func guestBinary() (string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(filepath.Dir(self), "dormouse-guest")
+	if _, err := os.Stat(path); err != nil {
+		return "", sandbox.Errorf(sandbox.KindNotFound, "guest agent: %s is missing; make build makes it", path)
+	}
+	return path, nil
+}
+
+func openVMM(ctx context.Context, o upOptions, p prepared, log *slog.Logger) (*qemu.Driver, error) {
+	cfg := qemu.Config{Accelerator: o.accel, Reason: "asked for with --accel", Log: log}
+	if o.accel == "auto" {
+		found, err := qemu.Probe(ctx, qemu.ProbeConfig{Kernel: p.kernel.Image, CacheFile: o.inst.probePath(), Deadline: probeLimit})
+		if err != nil {
+			return nil, fmt.Errorf("probe KVM: %w", err)
+		}
+		cfg.Accelerator, cfg.Reason = found.Accelerator, found.Reason
+	}
+	return qemu.New(cfg)
+}
+
+// openHost takes over this machine's sandboxes.
+func openHost(ctx context.Context, o upOptions, p prepared, log *slog.Logger, u *undo.Stack) (*host.Agent, error) {
+	networks, err := netns.Open(ctx, netns.Config{Instance: o.inst.name, Prepare: preparedSlots, DenyExtra: o.deny, Log: log})
+	if err != nil {
+		return nil, fmt.Errorf("open networks: %w", err)
+	}
+	u.PushClose("networks", networks.Close)
+	disks, err := qcow.New(qcow.Config{})
+	if err != nil {
+		return nil, err
+	}
+	agent, err := host.Open(ctx, host.Config{
+		Dir: o.inst.hostDir(), RunDir: o.inst.runDir(), Instance: o.inst.name, Version: version,
+		VMM: p.vmm, Disks: disks, Networks: host.Slots{Network: networks}, Templates: p.templates,
+		Kernel: p.kernel.Image, Initrd: p.initrd, UIDBase: o.inst.uidBase(), MaxMemMiB: o.maxMem, Log: log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open host agent: %w", err)
+	}
+	u.PushClose("host agent", agent.Close)
+	return agent, nil
+}
+
+// serve runs control and host in this process until ctx ends. The sandboxes run
+// on afterwards.
+func serve(ctx context.Context, o upOptions, log *slog.Logger) (err error) {
+	var u undo.Stack
+	defer func() { err = errors.Join(err, u.Run(ctx)) }()
+	listener, err := listen(o.listen)
+	if err != nil {
+		return err
+	}
+	u.PushClose("listener", func() error { return ignoreClosed(listener.Close()) })
+
+	p, err := prepare(ctx, o, log, nil)
+	if err != nil {
+		return err
+	}
+	agent, err := openHost(ctx, o, p, log, &u)
+	if err != nil {
+		return err
+	}
+	local := hostapi.NewLocal(handlerOf(agent))
+	u.PushClose("host api", local.Close)
+	db, err := store.OpenSQLite(ctx, o.inst.databasePath())
+	if err != nil {
+		return fmt.Errorf("open database: %w", err)
+	}
+	u.PushClose("database", db.Close)
+	control, err := server.New(server.Config{
+		Host: hostv1connect.NewHostServiceClient(local.Client(), local.BaseURL()), Store: db, Keys: auth.New(db, nil),
+		Log: log, Version: version,
+	})
+	if err != nil {
+		return err
+	}
+	u.PushClose("control", control.Close)
+	if err := control.Start(ctx); err != nil {
+		return fmt.Errorf("start control: %w", err)
+	}
+	return serveHTTP(ctx, o, control, listener, log)
+}
+
+func handlerOf(agent *host.Agent) http.Handler {
+	path, handler := hostserver.New(agent)
+	mux := http.NewServeMux()
+	mux.Handle(path, handler)
+	return mux
+}
+
+// listen takes the port before anything else is done: when it is taken nothing
+// has to be undone.
+func listen(address string) (net.Listener, error) {
+	l, err := net.Listen("tcp", address)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return nil, sandbox.Errorf(sandbox.KindConflict, "%s is taken by another program; dormouse doctor says which, and --listen chooses another address", address)
+	}
+	return l, err
+}
+
+// serveHTTP answers until ctx ends.
+func serveHTTP(ctx context.Context, o upOptions, control *server.Server, l net.Listener, log *slog.Logger) error {
+	started, err := kernel.StatProc(os.Getpid())
+	if err != nil {
+		return err
+	}
+	state := serverState{PID: os.Getpid(), StartTime: started.StartTime, URL: "http://" + l.Addr().String(), Version: version}
+	if err := o.inst.writeState(state); err != nil {
+		return fmt.Errorf("write server state: %w", err)
+	}
+	web := control.HTTPServer()
+	failed := make(chan error, 1)
+	go func() { failed <- web.Serve(l) }()
+	log.Info("server is up", "url", state.URL, "version", version, "instance", o.inst.name)
+	select {
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+	}
+	log.Info("server stops; sandboxes run on", "why", context.Cause(ctx))
+	// Short calls may finish; streams are ended by control.Close.
+	brief, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+	defer cancel()
+	if web.Shutdown(brief) != nil {
+		return ignoreClosed(web.Close())
+	}
+	return nil
+}
+
+func ignoreClosed(err error) error {
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
+}
