@@ -212,9 +212,13 @@ func TestTypesSayWhatTheyAre(t *testing.T) {
 	}
 }
 
-// The environment is part of the command line. Failpoints and test skips are
-// for tests, and must reach a process that a test starts.
-var readsEnvironment = []string{"cmd", "test", "internal/fault", "internal/testkit"}
+// The environment is part of the command line. These may read it all the same.
+var readsEnvironment = []string{
+	"cmd", "test",
+	"internal/fault", "internal/testkit", // they must reach a process that a test starts
+	"guest/exec", // hands its own PATH on to commands, as the guest's contract says
+	"template",   // hands PATH and the proxy settings on to the tools it runs
+}
 
 func TestOnlyCommandsReadTheEnvironment(t *testing.T) {
 	for _, f := range goFiles(t) {
