@@ -24,7 +24,7 @@ func (d *Driver) Adopt(ctx context.Context, record vmm.Record) (_ vmm.Machine, e
 			err = errors.Join(err, u.Run(ctx))
 		}
 	}()
-	m := d.newMachine(record)
+	m := d.newMachine(record, &u)
 	if err := m.find(&u); err != nil {
 		return nil, err
 	}

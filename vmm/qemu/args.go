@@ -46,7 +46,7 @@ func (d *Driver) args(spec vmm.Spec, fd fds) ([]string, error) {
 		"-object", fmt.Sprintf("memory-backend-ram,id=mem,size=%dM", spec.MemMiB),
 		"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", fd.control),
 		"-mon", "chardev=qmp,mode=control",
-		"-add-fd", fmt.Sprintf("fd=%d,set=1,opaque=console", fd.console),
+		"-add-fd", fmt.Sprintf("fd=%d,set=1,opaque=%s", fd.console, tag(spec.Dir)),
 		"-chardev", "file,id=console,path=/dev/fdset/1,append=on",
 		"-serial", "chardev:console",
 		"-kernel", selfFD(fd.kernel),

@@ -28,6 +28,7 @@ const (
 type machine struct {
 	driver  *Driver
 	record  vmm.Record
+	held    string // for letGo
 	pid     *kernel.PidFD
 	monitor *monitor
 	console *logFile
@@ -46,9 +47,12 @@ type machine struct {
 	released bool
 }
 
-func (d *Driver) newMachine(record vmm.Record) *machine {
+// newMachine makes a handle, which keeps the VM from Sweep from here on.
+func (d *Driver) newMachine(record vmm.Record, u *undo.Stack) *machine {
+	held := d.hold(record.Dir)
+	u.PushClose("hold", func() error { d.letGo(held); return nil })
 	return &machine{
-		driver: d, record: record, stop: func() {},
+		driver: d, record: record, held: held, stop: func() {},
 		stopped: make(chan struct{}, 1), done: make(chan struct{}),
 	}
 }
@@ -223,6 +227,7 @@ func (m *machine) Release() error {
 	}
 	m.stop()
 	m.running.Wait()
+	m.driver.letGo(m.held)
 	return errors.Join(m.monitor.Close(), m.pid.Close(), m.console.Close(), m.log.Close())
 }
 

@@ -22,6 +22,7 @@ import (
 	"log/slog"
 	"os/exec"
 	"regexp"
+	"sync"
 	"time"
 
 	"github.com/dormouse-sandbox/dormouse/internal/kernel"
@@ -66,6 +67,9 @@ type Driver struct {
 	binary  string // absolute
 	version string
 	tscKHz  int // under TCG only
+
+	mu   sync.Mutex
+	held map[string]int // directories of VMs that somebody holds, for Sweep
 }
 
 // New looks at QEMU and, for software emulation, measures the clock that guests
@@ -74,7 +78,7 @@ func New(config Config) (*Driver, error) {
 	if config.Accelerator != KVM && config.Accelerator != TCG {
 		return nil, sandbox.Errorf(sandbox.KindInvalid, "accelerator %q is neither %s nor %s", config.Accelerator, KVM, TCG)
 	}
-	d := &Driver{config: withDefaults(config)}
+	d := &Driver{config: withDefaults(config), held: map[string]int{}}
 	var err error
 	if d.binary, err = exec.LookPath(d.config.Binary); err != nil {
 		return nil, sandbox.Errorf(sandbox.KindUnsupported, "find qemu: %w", err)

@@ -38,7 +38,10 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (_ vmm.Machine, err e
 			err = errors.Join(fmt.Errorf("start qemu: %w", err), u.Run(ctx))
 		}
 	}()
-	m := d.newMachine(vmm.Record{ID: spec.ID, Driver: Name, Dir: spec.Dir})
+	m := d.newMachine(vmm.Record{ID: spec.ID, Driver: Name, Dir: spec.Dir}, &u)
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	if err := m.launch(spec, &u); err != nil {
 		return nil, err
 	}
@@ -46,7 +49,7 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (_ vmm.Machine, err e
 		return nil, err
 	}
 	if err := m.connect(ctx, &u); err != nil {
-		return nil, m.explain(err)
+		return nil, m.explain(ctx, err)
 	}
 	m.begin()
 	d.config.Log.Info("vm started", "sandbox", spec.ID, "pid", m.record.PID, "accelerator", d.config.Accelerator)
@@ -220,11 +223,37 @@ func duplicate(f *os.File) (*os.File, error) {
 	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
-// explain adds what QEMU printed to an error of its start.
-func (m *machine) explain(err error) error {
-	said := strings.TrimSpace(m.log.tail(1 << 10))
+// explain turns an error of the control connection into what QEMU printed
+// before it ended, if that is what happened.
+func (m *machine) explain(ctx context.Context, err error) error {
+	said := oneLine(m.log.tail(1 << 10))
+	if ctx.Err() == nil {
+		ctx, cancel := context.WithTimeout(ctx, lastEvents) // it may be in the middle of dying
+		defer cancel()
+		if m.pid.Wait(ctx) == nil {
+			if said = oneLine(m.log.tail(1 << 10)); said == "" {
+				said = "without a word"
+			}
+			return fmt.Errorf("it ended at once: %s", said)
+		}
+	}
 	if said == "" {
 		return err
 	}
-	return fmt.Errorf("%w; qemu says: %s", err, strings.ToValidUTF8(said, "?"))
+	return fmt.Errorf("%w; it says: %s", err, said)
+}
+
+// oneLine joins the lines that QEMU printed, without its name in front of each.
+func oneLine(said string) string {
+	var lines []string
+	for line := range strings.Lines(strings.ToValidUTF8(said, "?")) {
+		line = strings.TrimSpace(line)
+		if name, rest, ok := strings.Cut(line, ": "); ok && strings.HasPrefix(name, "qemu") {
+			line = rest
+		}
+		if line != "" {
+			lines = append(lines, line)
+		}
+	}
+	return strings.Join(lines, "; ")
 }

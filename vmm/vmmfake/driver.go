@@ -14,6 +14,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/dormouse-sandbox/dormouse/internal/fault"
@@ -34,7 +35,8 @@ type Driver struct {
 	bootID string
 
 	mu        sync.Mutex
-	machines  map[int]*vm // by PID, running ones only
+	machines  map[int]*vm       // by PID, running ones only
+	held      map[*machine]bool // handles that were not released
 	nextPID   int
 	failStart []error
 	starts    int
@@ -71,7 +73,7 @@ func New(guest Guest) *Driver {
 	if guest == nil {
 		guest = Idle
 	}
-	return &Driver{guest: guest, bootID: "fake-boot", machines: map[int]*vm{}, nextPID: firstPID}
+	return &Driver{guest: guest, bootID: "fake-boot", machines: map[int]*vm{}, held: map[*machine]bool{}, nextPID: firstPID}
 }
 
 // Capabilities is fixed.
@@ -182,7 +184,7 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) 
 		return nil, errors.Join(err, listener.Close())
 	}
 	go v.run(life, d.guest)
-	return v.handle(), nil
+	return d.hold(v), nil
 }
 
 func (d *Driver) register(spec vmm.Spec, listener net.Listener, stop context.CancelFunc) (*vm, error) {
@@ -216,12 +218,48 @@ func (d *Driver) Adopt(ctx context.Context, record vmm.Record) (vmm.Machine, err
 		return nil, fmt.Errorf("adopt fake VM: %w", err)
 	}
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	v := d.machines[record.PID]
+	d.mu.Unlock()
 	if v == nil || v.record != record {
 		return nil, sandbox.Errorf(sandbox.KindNotFound, "adopt fake VM of %s: pid %d is gone", record.ID, record.PID)
 	}
-	return v.handle(), nil
+	return d.hold(v), nil
+}
+
+// hold makes a handle, which keeps its machine from Sweep until its Release.
+func (d *Driver) hold(v *vm) *machine {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	m := &machine{vm: v}
+	d.held[m] = true
+	return m
+}
+
+// Forget drops all handles without releasing them, as the death of an agent does.
+func (d *Driver) Forget() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	clear(d.held)
+}
+
+// Sweep ends the machines below root that nobody holds.
+func (d *Driver) Sweep(ctx context.Context, root string) error {
+	if err := errors.Join(ctx.Err(), fault.Point(ctx, "vmmfake/sweep")); err != nil {
+		return fmt.Errorf("sweep fake VMs: %w", err)
+	}
+	d.mu.Lock()
+	var held []*vm
+	for m := range d.held {
+		held = append(held, m.vm)
+	}
+	d.mu.Unlock()
+	for _, v := range d.all() {
+		rel, err := filepath.Rel(root, v.spec.Dir)
+		if err == nil && filepath.IsLocal(rel) && !slices.Contains(held, v) {
+			v.end(vmm.Exit{Cause: sandbox.CauseVMMCrash, Detail: "fake: swept"})
+		}
+	}
+	return nil
 }
 
 // check looks at what a VMM opens. An empty path is allowed: tests of the host

@@ -58,15 +58,19 @@ func (v *vm) end(exit vmm.Exit) {
 	<-v.done
 }
 
-func (v *vm) handle() *machine { return &machine{vm: v} }
-
 // machine is one handle on a vm.
 type machine struct{ *vm }
 
 func (m *machine) Record() vmm.Record    { return m.record }
 func (m *machine) Done() <-chan struct{} { return m.done }
 func (m *machine) Exit() vmm.Exit        { return m.exit }
-func (m *machine) Release() error        { return nil }
+
+func (m *machine) Release() error {
+	m.driver.mu.Lock()
+	defer m.driver.mu.Unlock()
+	delete(m.driver.held, m)
+	return nil
+}
 
 func (m *machine) Console(offset int64, limit int) ([]byte, int64, error) {
 	return m.console.read(offset, limit)

@@ -1,0 +1,252 @@
+package qemu_test
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
+	"github.com/dormouse-sandbox/dormouse/internal/testkit"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/vmm"
+	"github.com/dormouse-sandbox/dormouse/vmm/qemu"
+	"github.com/dormouse-sandbox/dormouse/vmm/vmmtest"
+)
+
+const consoleKeep = 64 << 10
+
+// vmUser runs the VMs of these tests: nobody's uid.
+const vmUser = 65533
+
+func TestConformance(t *testing.T) {
+	image, initrd := kernelImage(t), initramfs(t, nil)
+	boots := 5
+	if os.Getenv("DORMOUSE_LONG") == "1" {
+		boots = 44 // as many as it takes to see a boot that hangs most of the time
+	}
+	vmmtest.Run(t, func(t *testing.T) vmmtest.Harness {
+		return vmmtest.Harness{
+			Driver: func(t *testing.T) vmm.Driver { return driver(t) },
+			Spec: func(t *testing.T, g vmmtest.Guest) vmm.Spec {
+				return vmm.Spec{
+					ID: sandbox.NewID(), VCPUs: 1, MemMiB: 128, Kernel: image, Initrd: initrd, Dir: shortDir(t),
+					Cmdline: "test.do=" + string(g), UID: testUser(), GID: testUser(),
+				}
+			},
+			BootLimit:   30 * time.Second,
+			ConsoleKeep: consoleKeep,
+			ConsoleDisk: func(t *testing.T, r vmm.Record) int64 { return blocks(t, filepath.Join(r.Dir, "console.log")) },
+			Boots:       boots,
+			KillOutside: func(t *testing.T, m vmm.Machine) {
+				if err := syscall.Kill(m.Record().PID, syscall.SIGKILL); err != nil {
+					t.Fatal(err)
+				}
+			},
+			Alive: alive,
+		}
+	})
+}
+
+func driver(t testing.TB) *qemu.Driver {
+	t.Helper()
+	testkit.Tool(t, "qemu-system-x86_64")
+	d, err := qemu.New(qemu.Config{
+		Accelerator: qemu.TCG, Reason: "these tests run anywhere", ConsoleLimit: consoleKeep,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// testUser is 0, the caller's own, where we may not change it.
+func testUser() int {
+	if os.Geteuid() != 0 {
+		return 0
+	}
+	return vmUser
+}
+
+// shortDir is a directory whose name leaves room for a socket's path.
+func shortDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "vm-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) }) // a temporary file may stay
+	return dir
+}
+
+// alive asks the process table; a zombie has ended.
+func alive(_ *testing.T, r vmm.Record) bool {
+	p, err := kernel.StatProc(r.PID)
+	return err == nil && p.StartTime == r.StartTime && p.State != 'Z'
+}
+
+func blocks(t *testing.T, path string) int64 {
+	t.Helper()
+	var st syscall.Stat_t
+	if err := syscall.Stat(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	return st.Blocks * 512
+}
+
+// boot starts a guest and waits for its first line.
+func boot(t *testing.T, d *qemu.Driver, spec vmm.Spec, want string) vmm.Machine {
+	t.Helper()
+	m, err := d.Start(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := m.Kill(t.Context()); err != nil && t.Context().Err() == nil {
+			t.Error(err)
+		}
+		if err := m.Release(); err != nil {
+			t.Error(err)
+		}
+	})
+	await(t, m, want)
+	return m
+}
+
+func await(t *testing.T, m vmm.Machine, want string) string {
+	t.Helper()
+	var data []byte
+	testkit.Eventually(t, 60*time.Second, "on the console: "+want, func() bool {
+		var err error
+		if data, _, err = m.Console(0, 1<<20); err != nil {
+			t.Fatal(err)
+		}
+		return bytes.Contains(data, []byte(want))
+	})
+	return string(data)
+}
+
+func spec(t *testing.T, do string, extra map[string][]byte) vmm.Spec {
+	return vmm.Spec{
+		ID: sandbox.NewID(), VCPUs: 1, MemMiB: 128, Kernel: kernelImage(t), Initrd: initramfs(t, extra),
+		Dir: shortDir(t), Cmdline: "test.do=" + do,
+	}
+}
+
+// TestTheProcessIsConfined looks at a running QEMU from outside.
+func TestTheProcessIsConfined(t *testing.T) {
+	testkit.Root(t)
+	s := spec(t, "hold", nil)
+	s.UID, s.GID = vmUser, vmUser
+	m := boot(t, driver(t), s, vmmtest.Marker)
+	proc := "/proc/" + strconv.Itoa(m.Record().PID)
+	status := readFile(t, proc+"/status")
+	for _, want := range []string{
+		"Uid:\t65533\t65533\t65533\t65533\n", "Gid:\t65533\t65533\t65533\t65533\n", "Groups:\t \n",
+		"NoNewPrivs:\t1\n", "Seccomp:\t2\n", "CapEff:\t0000000000000000\n", "CapPrm:\t0000000000000000\n",
+	} {
+		if !strings.Contains(status, want) {
+			t.Errorf("no %q in its status:\n%s", want, status)
+		}
+	}
+	stat, err := kernel.StatProc(m.Record().PID)
+	if err != nil || stat.Parent != os.Getpid() {
+		t.Errorf("%+v, %v", stat, err)
+	}
+	if sid, _, _ := syscall.Syscall(syscall.SYS_GETSID, uintptr(m.Record().PID), 0, 0); int(sid) != m.Record().PID {
+		t.Errorf("session %d, not its own", sid)
+	}
+	checkFDs(t, proc, m.Record().Dir)
+	if info, err := os.Stat(s.Dir); err != nil || info.Sys().(*syscall.Stat_t).Uid != 0 {
+		t.Errorf("the directory is not ours any more: %v, %v", info, err)
+	}
+}
+
+// checkFDs: every descriptor is one that was meant, none of ours leaked.
+func checkFDs(t *testing.T, proc, dir string) {
+	t.Helper()
+	entries, err := os.ReadDir(proc + "/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		target, err := os.Readlink(proc + "/fd/" + e.Name())
+		if err != nil {
+			continue // closed meanwhile
+		}
+		switch {
+		case strings.HasPrefix(target, "anon_inode:"), strings.HasPrefix(target, "socket:"), target == "/dev/null":
+		case strings.HasPrefix(target, dir+"/"), strings.HasSuffix(target, "/vmlinuz"), strings.HasSuffix(target, "/initrd"):
+		case strings.HasPrefix(target, "pipe:"), strings.HasPrefix(target, "/dev/zero"):
+		default:
+			t.Errorf("descriptor %s is %s", e.Name(), target)
+		}
+	}
+}
+
+func readFile(t *testing.T, path string) string {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
+
+// TestStartSaysWhatQEMUSaid: an error of QEMU's own is in ours.
+func TestStartSaysWhatQEMUSaid(t *testing.T) {
+	s := spec(t, "hold", nil)
+	broken := filepath.Join(s.Dir, "..", filepath.Base(s.Dir)+".img")
+	if err := os.WriteFile(broken, []byte("not a qcow2 file"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = os.Remove(broken) }() // a temporary file may stay
+	s.DiskPath, s.DiskFormat = broken, "qcow2"
+	_, err := driver(t).Start(t.Context(), s)
+	if err == nil || !strings.Contains(err.Error(), "not in qcow2 format") {
+		t.Errorf("error %v", err)
+	}
+	if entries, _ := os.ReadDir(s.Dir); len(entries) != 0 {
+		t.Errorf("left behind: %v", entries)
+	}
+}
+
+func TestBadSpecsAreRefused(t *testing.T) {
+	d := driver(t)
+	for name, change := range map[string]func(s *vmm.Spec){
+		"no CPU":              func(s *vmm.Spec) { s.VCPUs = 0 },
+		"no memory":           func(s *vmm.Spec) { s.MemMiB = 0 },
+		"a format to guess":   func(s *vmm.Spec) { s.DiskPath, s.DiskFormat = "/dev/null", "" },
+		"a directory too far": func(s *vmm.Spec) { s.Dir = "/tmp/" + strings.Repeat("x", 120) },
+		"a bad MAC":           func(s *vmm.Spec) { s.Tap, s.MAC = os.Stdin, "02:00,fd=9" },
+	} {
+		s := vmm.Spec{ID: sandbox.NewID(), VCPUs: 1, MemMiB: 128, Kernel: "/dev/null", Dir: shortDir(t)}
+		change(&s)
+		if _, err := d.Start(t.Context(), s); !sandbox.Is(err, sandbox.KindInvalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestNewSaysWhatIsMissing(t *testing.T) {
+	if _, err := qemu.New(qemu.Config{Binary: "no-such-qemu", Accelerator: qemu.TCG}); !sandbox.Is(err, sandbox.KindUnsupported) {
+		t.Errorf("no qemu: %v", err)
+	}
+	if _, err := qemu.New(qemu.Config{Accelerator: "magic"}); !sandbox.Is(err, sandbox.KindInvalid) {
+		t.Errorf("no such accelerator: %v", err)
+	}
+}
+
+// TestTheGuestsClockIsTrue: four ticks of a second take three real seconds.
+func TestTheGuestsClockIsTrue(t *testing.T) {
+	m := boot(t, driver(t), spec(t, "clock", nil), "TICK 0")
+	start := time.Now()
+	await(t, m, "TICK 3")
+	if took := time.Since(start).Seconds(); took < 2.7 || took > 3.5 {
+		t.Errorf("three guest seconds took %.2f real ones", took)
+	}
+}

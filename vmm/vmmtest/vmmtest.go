@@ -1,0 +1,460 @@
+// Package vmmtest is the conformance suite of VMM drivers: what a host may rely
+// on, whichever driver it uses. The fake passes it too, so a test over the fake
+// means something.
+package vmmtest
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/dormouse-sandbox/dormouse/internal/testkit"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/vmm"
+)
+
+// Guest is what the guest of a Spec does after it has printed Marker.
+type Guest string
+
+// The guests.
+const (
+	Hold     Guest = "hold"     // nothing, for ever
+	PowerOff Guest = "poweroff" // powers the machine off
+	Panic    Guest = "panic"    // panics the kernel
+	OOM      Guest = "oom"      // takes all memory, until the kernel gives up
+	Count    Guest = "count"    // prints "line N …" of a kilobyte, for ever
+)
+
+// Marker is in the console of every guest that has booted.
+const Marker = "GUEST-UP"
+
+// Harness is what a driver's test gives to the suite.
+type Harness struct {
+	// Driver makes a driver as a restarted agent does: it must find the machines
+	// of the ones before.
+	Driver func(t *testing.T) vmm.Driver
+	// Spec describes a small VM with such a guest and a directory of its own.
+	Spec func(t *testing.T, guest Guest) vmm.Spec
+	// KillOutside ends the VMM process behind the driver's back, as kill -9 does.
+	KillOutside func(t *testing.T, m vmm.Machine)
+	// Alive asks the system, not the driver, whether the VMM process exists.
+	Alive func(t *testing.T, r vmm.Record) bool
+	// BootLimit is how long a boot may take here.
+	BootLimit time.Duration
+	// ConsoleKeep is how many bytes of console the driver was told to keep, and
+	// ConsoleDisk what the log takes on disk now; nil where there is no file.
+	ConsoleKeep int
+	ConsoleDisk func(t *testing.T, r vmm.Record) int64
+	// Boots is how many boots in a row must all succeed.
+	Boots int
+}
+
+// noticed is how soon the end of a process must be known.
+const noticed = 3 * time.Second
+
+// Run runs the suite; fresh makes a harness for each test.
+func Run(t *testing.T, fresh func(t *testing.T) Harness) {
+	for _, tt := range []struct {
+		name string
+		test func(t *testing.T, h Harness)
+	}{
+		{"a guest boots and outlives the call that started it", boots},
+		{"a power-off is the guest's own end", powerOff},
+		{"a panic is the guest's own end, with its message", panics},
+		{"a guest out of memory has a cause of its own", outOfMemory},
+		{"Kill ends it, and may be called twice", kill},
+		{"a process that is killed from outside is noticed at once", killedOutside},
+		{"Adopt takes over what Release left", adopt},
+		{"an adopted VM that powers off says so", adoptedPowerOff},
+		{"an adopted VM that is killed from outside is noticed", adoptedKilled},
+		{"Adopt of a dead VM is not_found", adoptDead},
+		{"Adopt touches nobody but the very process", adoptStranger},
+		{"Sweep ends what nobody holds, and nothing else", sweep},
+		{"console offsets", consoleOffsets},
+		{"a guest that prints for ever fills no disk", consoleBounded},
+		{"a failed Start leaves nothing", failedStart},
+		{"a cancelled Start leaves nothing", cancelledStart},
+		{"many boots in a row", manyBoots},
+	} {
+		t.Run(tt.name, func(t *testing.T) { tt.test(t, fresh(t)) })
+	}
+}
+
+// start boots a guest, and kills it when the test ends.
+func start(t *testing.T, h Harness, d vmm.Driver, guest Guest) vmm.Machine {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	m, err := d.Start(ctx, h.Spec(t, guest))
+	cancel() // a VM must not die because the call's context ends
+	if err != nil {
+		t.Fatal(err)
+	}
+	cleanUp(t, m)
+	return m
+}
+
+func cleanUp(t *testing.T, m vmm.Machine) {
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), noticed)
+		defer cancel()
+		_ = m.Kill(ctx) // an error if the test released the handle
+		if err := m.Release(); err != nil {
+			t.Errorf("release: %v", err)
+		}
+	})
+}
+
+// booted waits for the guest's marker.
+func booted(t *testing.T, h Harness, m vmm.Machine) {
+	t.Helper()
+	shows(t, h, m, Marker)
+}
+
+func shows(t *testing.T, h Harness, m vmm.Machine, text string) {
+	t.Helper()
+	deadline := time.Now().Add(h.BootLimit)
+	for !strings.Contains(console(t, m), text) {
+		select {
+		case <-m.Done():
+			if strings.Contains(console(t, m), text) {
+				return
+			}
+			t.Fatalf("the VM ended (%+v) before its console showed %q:\n%s", m.Exit(), text, console(t, m))
+		case <-time.After(20 * time.Millisecond):
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("after %v the console does not show %q:\n%s", h.BootLimit, text, console(t, m))
+		}
+	}
+}
+
+func console(t *testing.T, m vmm.Machine) string {
+	t.Helper()
+	data, _, err := m.Console(0, 4<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
+
+func ended(t *testing.T, m vmm.Machine, within time.Duration) vmm.Exit {
+	t.Helper()
+	limit := time.After(within + time.Millisecond) // a select with two ready cases takes either
+	select {
+	case <-m.Done():
+	case <-limit:
+		t.Fatalf("after %v it still runs; its console:\n%s", within, console(t, m))
+	}
+	exit := m.Exit()
+	if exit.At.IsZero() || exit.Detail == "" {
+		t.Errorf("an incomplete exit: %+v", exit)
+	}
+	return exit
+}
+
+func wantCause(t *testing.T, exit vmm.Exit, want sandbox.Cause) {
+	t.Helper()
+	if exit.Cause != want {
+		t.Errorf("cause %s (%s), want %s", exit.Cause, exit.Detail, want)
+	}
+}
+
+func boots(t *testing.T, h Harness) {
+	d := h.Driver(t)
+	m := start(t, h, d, Hold)
+	booted(t, h, m)
+	r := m.Record()
+	if r.Driver != d.Capabilities().Driver || r.PID == 0 || r.StartTime == 0 || r.BootID == "" || r.Dir == "" || r.ID == "" {
+		t.Errorf("an incomplete record: %+v", r)
+	}
+	if !h.Alive(t, r) {
+		t.Errorf("no process %d", r.PID)
+	}
+	select {
+	case <-m.Done():
+		t.Errorf("it ended by itself: %+v", m.Exit())
+	default:
+	}
+}
+
+func powerOff(t *testing.T, h Harness) {
+	m := start(t, h, h.Driver(t), PowerOff)
+	exit := ended(t, m, h.BootLimit)
+	wantCause(t, exit, sandbox.CauseGuestExit)
+	if !strings.Contains(console(t, m), Marker) {
+		t.Error("the console is not readable after the end")
+	}
+	if err := m.Kill(t.Context()); err != nil {
+		t.Errorf("Kill after the end: %v", err)
+	}
+	wantCause(t, m.Exit(), sandbox.CauseGuestExit)
+}
+
+func panics(t *testing.T, h Harness) {
+	exit := ended(t, start(t, h, h.Driver(t), Panic), h.BootLimit)
+	wantCause(t, exit, sandbox.CauseGuestExit)
+	if !strings.Contains(exit.Detail, "panic") || !strings.Contains(exit.Detail, "kill init") {
+		t.Errorf("the detail %q does not tell of the panic", exit.Detail)
+	}
+}
+
+func outOfMemory(t *testing.T, h Harness) {
+	wantCause(t, ended(t, start(t, h, h.Driver(t), OOM), 2*h.BootLimit), sandbox.CauseOOMGuest)
+}
+
+func kill(t *testing.T, h Harness) {
+	m := start(t, h, h.Driver(t), Hold)
+	for range 2 {
+		if err := m.Kill(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		wantCause(t, ended(t, m, 0), sandbox.CauseUser) // it is gone when Kill returns
+	}
+	if h.Alive(t, m.Record()) {
+		t.Error("its process is there after Kill")
+	}
+}
+
+func killedOutside(t *testing.T, h Harness) {
+	m := start(t, h, h.Driver(t), Hold)
+	h.KillOutside(t, m)
+	exit := ended(t, m, noticed)
+	wantCause(t, exit, sandbox.CauseVMMCrash)
+	if !strings.Contains(exit.Detail, "SIGKILL") {
+		t.Errorf("the detail %q does not name the signal", exit.Detail)
+	}
+}
+
+// release drops the handle and checks that the VM runs on.
+func release(t *testing.T, h Harness, m vmm.Machine) vmm.Record {
+	t.Helper()
+	for range 2 {
+		if err := m.Release(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !h.Alive(t, m.Record()) {
+		t.Fatal("Release ended the VM")
+	}
+	return m.Record()
+}
+
+func adoptAgain(t *testing.T, h Harness, r vmm.Record) vmm.Machine {
+	t.Helper()
+	m, err := h.Driver(t).Adopt(t.Context(), r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cleanUp(t, m)
+	if m.Record() != r {
+		t.Errorf("its record is %+v, was %+v", m.Record(), r)
+	}
+	return m
+}
+
+func adopt(t *testing.T, h Harness) {
+	m := start(t, h, h.Driver(t), Hold)
+	booted(t, h, m)
+	before := console(t, m)
+	for range 2 {
+		m = adoptAgain(t, h, release(t, h, m))
+	}
+	if !strings.HasPrefix(console(t, m), before) {
+		t.Error("the console did not stay")
+	}
+	if err := m.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantCause(t, m.Exit(), sandbox.CauseUser)
+	if h.Alive(t, m.Record()) {
+		t.Error("its process is there after Kill")
+	}
+}
+
+func adoptedPowerOff(t *testing.T, h Harness) {
+	r := release(t, h, start(t, h, h.Driver(t), PowerOff)) // long before the guest gets there
+	exit := ended(t, adoptAgain(t, h, r), h.BootLimit)
+	wantCause(t, exit, sandbox.CauseGuestExit)
+}
+
+func adoptedKilled(t *testing.T, h Harness) {
+	m := adoptAgain(t, h, release(t, h, start(t, h, h.Driver(t), Hold)))
+	h.KillOutside(t, m)
+	wantCause(t, ended(t, m, noticed), sandbox.CauseVMMCrash)
+}
+
+func adoptDead(t *testing.T, h Harness) {
+	m := start(t, h, h.Driver(t), Hold)
+	r := release(t, h, m)
+	h.KillOutside(t, m)
+	testkit.Eventually(t, noticed, "gone", func() bool {
+		_, err := h.Driver(t).Adopt(t.Context(), r)
+		return sandbox.Is(err, sandbox.KindNotFound)
+	})
+	if h.Alive(t, r) {
+		t.Error("its process is still there")
+	}
+}
+
+// adoptStranger: a PID that was reused must never be taken, let alone killed.
+func adoptStranger(t *testing.T, h Harness) {
+	m := start(t, h, h.Driver(t), Hold)
+	booted(t, h, m)
+	for what, change := range map[string]func(r *vmm.Record){
+		"start time": func(r *vmm.Record) { r.StartTime++ },
+		"boot ID":    func(r *vmm.Record) { r.BootID = "00000000-0000-0000-0000-000000000000" },
+		"PID":        func(r *vmm.Record) { r.PID = os.Getpid() }, // with a start time that is not ours
+	} {
+		r := m.Record()
+		change(&r)
+		if got, err := h.Driver(t).Adopt(t.Context(), r); !sandbox.Is(err, sandbox.KindNotFound) {
+			t.Errorf("another %s: %v, %v", what, got, err)
+		}
+	}
+	select {
+	case <-m.Done():
+		t.Fatalf("the VM died of it: %+v", m.Exit())
+	default:
+	}
+	if !h.Alive(t, m.Record()) {
+		t.Error("the VM died of it")
+	}
+}
+
+func sweep(t *testing.T, h Harness) {
+	d := h.Driver(t)
+	held, lost := start(t, h, d, Hold), start(t, h, d, Hold)
+	r := release(t, h, lost)
+	if err := d.Sweep(t.Context(), r.Dir+"-elsewhere"); err != nil || !h.Alive(t, r) {
+		t.Fatalf("Sweep of another directory: %v, alive %v", err, h.Alive(t, r))
+	}
+	for _, root := range []string{filepath.Dir(r.Dir), held.Record().Dir} {
+		if err := d.Sweep(t.Context(), root); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if h.Alive(t, r) {
+		t.Error("the VM that nobody holds is there")
+	}
+	if !h.Alive(t, held.Record()) {
+		t.Error("a VM that somebody holds is gone")
+	}
+}
+
+func consoleOffsets(t *testing.T, h Harness) {
+	m := start(t, h, h.Driver(t), Hold)
+	booted(t, h, m)
+	whole := console(t, m)
+	var parts strings.Builder
+	for offset := int64(0); offset < int64(len(whole)); {
+		data, next, err := m.Console(offset, 7)
+		if err != nil || len(data) == 0 || len(data) > 7 || next != offset+int64(len(data)) {
+			t.Fatalf("at %d: %d bytes, next %d, %v", offset, len(data), next, err)
+		}
+		parts.Write(data)
+		offset = next
+	}
+	if !strings.HasPrefix(parts.String(), whole) {
+		t.Errorf("in pieces it reads otherwise:\n%q\n%q", parts.String(), whole)
+	}
+	for _, tt := range []struct {
+		offset int64
+		limit  int
+		want   int
+	}{{-5, 100, 5}, {-5, 3, 3}, {1 << 40, 100, 0}, {0, 0, 0}, {0, -1, 0}} {
+		data, next, err := m.Console(tt.offset, tt.limit)
+		if err != nil || len(data) != tt.want || next < int64(len(data)) || next > int64(len(whole))+4096 {
+			t.Errorf("Console(%d, %d): %d bytes, next %d, %v; want %d bytes", tt.offset, tt.limit, len(data), next, err, tt.want)
+		}
+	}
+	if data, _, err := m.Console(-1<<40, 4<<20); err != nil || !strings.HasPrefix(string(data), whole) {
+		t.Errorf("from before the start: %d bytes, %v", len(data), err)
+	}
+}
+
+func consoleBounded(t *testing.T, h Harness) {
+	m := start(t, h, h.Driver(t), Count)
+	shows(t, h, m, "line 3 ")
+	enough := int64(3 * h.ConsoleKeep)
+	testkit.Eventually(t, 2*h.BootLimit, "past three times what is kept", func() bool {
+		_, next, err := m.Console(1<<62, 0)
+		return err == nil && next > enough
+	})
+	data, next, err := m.Console(0, 1<<30)
+	if err != nil || len(data) > h.ConsoleKeep || len(data) < h.ConsoleKeep/2 || next < enough {
+		t.Errorf("kept %d bytes up to %d, %v; want about %d", len(data), next, err, h.ConsoleKeep)
+	}
+	if strings.Contains(string(data), "\x00") || !strings.Contains(string(data), "line ") {
+		t.Error("what is kept has holes")
+	}
+	if h.ConsoleDisk == nil {
+		return
+	}
+	// The log is trimmed once a second; a full second of output may be there.
+	testkit.Eventually(t, h.BootLimit, "trimmed on disk", func() bool {
+		return h.ConsoleDisk(t, m.Record()) < int64(2*h.ConsoleKeep)
+	})
+}
+
+// leftovers fails when a Start that failed left a descriptor or a file.
+func leftovers(t *testing.T, spec vmm.Spec, fds int) {
+	t.Helper()
+	testkit.Eventually(t, noticed, "as many descriptors as before", func() bool { return testkit.OpenFDs(t) <= fds })
+	entries, err := os.ReadDir(spec.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		t.Errorf("left behind: %s", e.Name())
+	}
+}
+
+func failedStart(t *testing.T, h Harness) {
+	d := h.Driver(t)
+	for what, change := range map[string]func(s *vmm.Spec){
+		"kernel": func(s *vmm.Spec) { s.Kernel = filepath.Join(s.Dir, "missing") },
+		"initrd": func(s *vmm.Spec) { s.Initrd = filepath.Join(s.Dir, "missing") },
+		"disk":   func(s *vmm.Spec) { s.DiskPath, s.DiskFormat = filepath.Join(s.Dir, "missing"), "raw" },
+	} {
+		spec := h.Spec(t, Hold)
+		change(&spec)
+		fds := testkit.OpenFDs(t)
+		m, err := d.Start(t.Context(), spec)
+		if err == nil || m != nil {
+			t.Errorf("a missing %s: %v, %v", what, m, err)
+			continue
+		}
+		if !strings.Contains(err.Error(), what) {
+			t.Errorf("a missing %s: the error %q does not name it", what, err)
+		}
+		leftovers(t, spec, fds)
+	}
+}
+
+func cancelledStart(t *testing.T, h Harness) {
+	d, spec := h.Driver(t), h.Spec(t, Hold)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	fds := testkit.OpenFDs(t)
+	if m, err := d.Start(ctx, spec); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v, %v", m, err)
+	}
+	leftovers(t, spec, fds)
+}
+
+func manyBoots(t *testing.T, h Harness) {
+	d := h.Driver(t)
+	for i := range h.Boots {
+		started := time.Now()
+		m := start(t, h, d, Hold)
+		booted(t, h, m)
+		t.Logf("boot %d of %d: first process after %v", i+1, h.Boots, time.Since(started).Round(time.Millisecond))
+		if err := m.Kill(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
