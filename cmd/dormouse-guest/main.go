@@ -13,6 +13,7 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -52,7 +53,7 @@ func main() {
 func runInit(began time.Time) {
 	err := serveGuest(began)
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "dormouse-guest: %v\n", err)
+		fmt.Fprintf(os.Stderr, "dormouse-guest: %s\n", strings.ReplaceAll(err.Error(), "\n", "; ")) // one line for the host
 	}
 	err = boot.PowerOff("")
 	fmt.Fprintf(os.Stderr, "dormouse-guest: power off: %v\n", err)

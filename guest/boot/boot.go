@@ -36,6 +36,7 @@ type System struct {
 // Up brings the machine up. On an error it is in no state to be used: power off.
 func Up() (*System, error) {
 	s := &System{}
+	network := make(chan error, 1) // both it and the disk mostly wait for the kernel
 	for _, phase := range []struct {
 		name string
 		run  func() error
@@ -43,11 +44,12 @@ func Up() (*System, error) {
 		{"mount the kernel's file systems", mountEarly},
 		{"read the kernel's command line", s.readCmdline},
 		{"load modules", s.loadModules},
+		{"start the network", func() error { go func() { network <- s.configureNetwork() }(); return nil }},
 		{"mount the root disk", s.mountRoot},
 		{"switch root", switchRoot},
 		{"mount", s.mountLate},
 		{"cgroups", s.makeCgroups},
-		{"network", s.configureNetwork},
+		{"network", func() error { return <-network }},
 		{"names", s.writeNames},
 		{"limits", raiseLimits},
 	} {

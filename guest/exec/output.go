@@ -9,14 +9,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// A process that writes much in small pieces would cost a message for each. So
+// output that follows other output closely is left in the pipe for a moment,
+// where the process goes on filling it. The first piece after a pause is not.
+const (
+	burstGap = 2 * time.Millisecond
+	burstNap = time.Millisecond
+)
+
 // pump delivers what comes out of a pipe until it ends, or until the process
 // has exited and linger has had enough. What comes after that is discarded.
 func (p *process) pump(f *os.File, deliver func([]byte)) {
 	var after linger
+	var delivered time.Time
 	for {
+		if time.Since(delivered) < burstGap && waiting(f) < maxChunk/2 && !p.ended() {
+			time.Sleep(burstNap)
+		}
 		chunk, err := readChunk(f)
 		if len(chunk) > 0 {
 			deliver(chunk)
+			delivered = time.Now()
 		}
 		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			_ = f.Close() // the end of the pipe: nothing more can come
@@ -77,6 +90,14 @@ func pending(fd int) int {
 	return n
 }
 
+// waiting is pending for a file.
+func waiting(f *os.File) (n int) {
+	if conn, err := f.SyscallConn(); err == nil {
+		_ = conn.Control(func(fd uintptr) { n = pending(int(fd)) }) // closed: nothing waits
+	}
+	return n
+}
+
 // linger decides how long a pipe is read after its process has exited while
 // somebody else still holds the other end. What the process itself wrote is in
 // the pipe by then: these bytes are owed, however slow the reader is.
@@ -88,10 +109,7 @@ type linger struct {
 // over is asked after every read, with what it gave. It sets the deadline of
 // the next one.
 func (l *linger) over(f *os.File, got int) bool {
-	left := 0
-	if conn, err := f.SyscallConn(); err == nil {
-		_ = conn.Control(func(fd uintptr) { left = pending(int(fd)) }) // closed: nothing is left
-	}
+	left := waiting(f)
 	now := time.Now()
 	switch {
 	case l.until.IsZero():
