@@ -133,7 +133,7 @@ func disk(f Facts) Finding {
 func cgroup(f Facts) Finding {
 	if f.CgroupV2 == "" {
 		return Finding{
-			Name: "cgroup v2", Status: Warn, Found: "not mounted",
+			Name: "cgroup v2", Status: Warn, Found: "not mounted, or without its memory controller",
 			Why:  "without it a VM's memory and CPU on the host are bounded by its shape only",
 			Cure: "boot with systemd.unified_cgroup_hierarchy=1 (the default since Debian 11 and Ubuntu 21.10)",
 		}

@@ -113,13 +113,15 @@ const (
 
 // Check turns facts into findings.
 func Check(f Facts) Report {
-	findings := []Finding{arch(f), kernel(f), root(f)}
+	findings := []Finding{arch(f), kernelVersion(f), root(f)}
 	for _, t := range f.Tools {
 		findings = append(findings, tool(f, t))
 	}
 	findings = append(findings, kvm(f), device("fuse", f.FUSE, false, "later versions serve memory and disks through it"),
-		device("tun", f.TUN, true, "every sandbox has a TAP device"),
 		port(f), memory(f), disk(f), cgroup(f))
+	if len(f.Network) == 0 { // else somebody has tried more than to open it
+		findings = append(findings, device("tun", f.TUN, true, "every sandbox has a TAP device"))
+	}
 	findings = append(findings, network(f)...)
 	r := Report{Ready: true, Findings: findings}
 	for _, x := range findings {
@@ -161,7 +163,7 @@ func arch(f Facts) Finding {
 }
 
 // Linux 5.10 is the kernel of Debian 11, the oldest this is tried on.
-func kernel(f Facts) Finding {
+func kernelVersion(f Facts) Finding {
 	x := Finding{Name: "kernel", Status: OK, Found: f.Kernel}
 	var major, minor int
 	if _, err := fmt.Sscanf(f.Kernel, "%d.%d", &major, &minor); err != nil {

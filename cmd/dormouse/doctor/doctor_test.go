@@ -3,6 +3,7 @@ package doctor_test
 import (
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -59,9 +60,9 @@ func TestEachThingThatMayBeWrong(t *testing.T) {
 			func(f *doctor.Facts) { f.Tools[0].Path = ""; f.Apt = false }, "qemu-img", doctor.Missing, "not found",
 			"install what Debian packages as qemu-utils",
 		},
-		"no TUN":               {func(f *doctor.Facts) { f.TUN.Present = false }, "tun", doctor.Missing, "no /dev/net/tun", "modprobe tun"},
+		"no TUN":               {func(f *doctor.Facts) { f.TUN.Present = false; f.Network = nil }, "tun", doctor.Missing, "no /dev/net/tun", "modprobe tun"},
 		"no FUSE":              {func(f *doctor.Facts) { f.FUSE.Present = false }, "fuse", doctor.Warn, "no /dev/fuse", "modprobe fuse"},
-		"a TUN that is closed": {func(f *doctor.Facts) { f.TUN.OpenErr = "permission denied" }, "tun", doctor.Warn, "permission denied", "sudo"},
+		"a TUN that is closed": {func(f *doctor.Facts) { f.TUN.OpenErr = "permission denied"; f.Network = nil }, "tun", doctor.Warn, "permission denied", "sudo"},
 		"no veth": {
 			func(f *doctor.Facts) {
 				f.Network[0] = doctor.Network{Name: "veth", Text: "operation not supported", Cure: "modprobe veth"}
@@ -190,5 +191,36 @@ func TestLookAtAFreePort(t *testing.T) {
 	}
 	if f := doctor.Look(t.Context(), doctor.Options{Listen: addr, DataDir: "/"}); f.Port.Err != "" {
 		t.Errorf("a free port: %+v", f.Port)
+	}
+}
+
+// The answer of a probe counts until the machine is restarted.
+func TestLookReadsTheLastProbe(t *testing.T) {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := strings.TrimSpace(string(boot))
+	for name, tt := range map[string]struct {
+		text          string
+		probed, works bool
+	}{
+		"works":          {`{"basis":{"boot_id":"` + now + `"},"capabilities":{"Accelerator":"kvm","Reason":"it booted"}}`, true, true},
+		"does not":       {`{"basis":{"boot_id":"` + now + `"},"capabilities":{"Accelerator":"tcg","Reason":"it hung"}}`, true, false},
+		"another boot":   {`{"basis":{"boot_id":"x"},"capabilities":{"Accelerator":"kvm","Reason":"it booted"}}`, false, false},
+		"not JSON":       {`{`, false, false},
+		"an empty file":  {``, false, false},
+		"something else": {`[]`, false, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cache := filepath.Join(t.TempDir(), "kvm-probe.json")
+			if err := os.WriteFile(cache, []byte(tt.text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			k := doctor.Look(t.Context(), doctor.Options{Listen: "127.0.0.1:0", DataDir: "/", KVMCache: cache}).KVM
+			if k.Probed != tt.probed || k.Works != tt.works || tt.probed != (k.Reason != "") {
+				t.Errorf("got %+v", k)
+			}
+		})
 	}
 }

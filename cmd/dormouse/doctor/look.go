@@ -18,13 +18,16 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
+	"github.com/dormouse-sandbox/dormouse/internal/osfs"
 	"github.com/dormouse-sandbox/dormouse/netns"
 )
 
 // Options says where the server would be.
 type Options struct {
-	Listen  string // host:port
-	DataDir string
+	Listen   string // host:port
+	DataDir  string
+	KVMCache string // where package qemu keeps what its probe found; may be missing
 }
 
 // tools are what `make deps` installs, and what runs it.
@@ -44,7 +47,7 @@ func tools() []Tool {
 func Look(ctx context.Context, o Options) Facts {
 	f := Facts{
 		OS: runtime.GOOS, Arch: runtime.GOARCH, Kernel: release(), Root: os.Geteuid() == 0, Sudo: find("sudo"), Apt: find("apt-get") != "",
-		FUSE: openDevice("/dev/fuse"), TUN: openDevice("/dev/net/tun"), KVM: lookKVM(), Port: lookPort(ctx, o.Listen),
+		FUSE: openDevice("/dev/fuse"), TUN: openDevice("/dev/net/tun"), KVM: lookKVM(o.KVMCache), Port: lookPort(ctx, o.Listen),
 		DataDir: o.DataDir, CgroupV2: cgroupMount("/proc/self/mounts"),
 	}
 	for _, t := range tools() {
@@ -104,13 +107,14 @@ func openDevice(path string) Device {
 	return d
 }
 
-func lookKVM() KVM {
+func lookKVM(cache string) KVM {
 	k := KVM{Device: openDevice("/dev/kvm")}
 	for _, m := range []string{"kvm", "kvm_intel", "kvm_amd", "kvm_pvm"} {
 		if _, err := os.Stat("/sys/module/" + m); err == nil {
 			k.Modules = append(k.Modules, m)
 		}
 	}
+	k.Probed, k.Works, k.Reason = probed(cache)
 	info, err := os.ReadFile("/proc/cpuinfo")
 	if err != nil {
 		return k
@@ -121,6 +125,27 @@ func lookKVM() KVM {
 		}
 	}
 	return k
+}
+
+// probed reads what the last probe boot found. It counts until the machine is
+// restarted; what else it depends on is looked at when the server starts.
+func probed(cache string) (is, works bool, reason string) {
+	const most = 64 << 10
+	var answer struct {
+		Basis struct {
+			BootID string `json:"boot_id"`
+		}
+		Capabilities struct{ Accelerator, Reason string }
+	}
+	data, err := osfs.ReadFileLimit(cache, most)
+	if err != nil || json.Unmarshal(data, &answer) != nil {
+		return false, false, ""
+	}
+	boot, err := kernel.BootID()
+	if err != nil || answer.Basis.BootID != boot {
+		return false, false, ""
+	}
+	return true, answer.Capabilities.Accelerator == "kvm", answer.Capabilities.Reason
 }
 
 // lookPort tries to listen. The one who does already is asked whether it is a
