@@ -215,3 +215,53 @@ func TestRemoveFailsAtEachStep(t *testing.T) {
 		}
 	}
 }
+
+// A step of Adopt or SetPolicy that fails leaves the slot as it was, and works
+// the next time.
+func TestAdoptAndPolicyFailAtEachStep(t *testing.T) {
+	first := network(t, netns.Config{})
+	s, err := first.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	g := boot(t, s)
+	adopt := func(n *netns.Network) error {
+		s, err := n.Adopt(t.Context(), s.Index())
+		if err != nil {
+			return err
+		}
+		return errors.Join(s.SetPolicy(t.Context(), netns.Policy{Internet: true}), s.SetPolicy(t.Context(), netns.Policy{}))
+	}
+	reopened := open(t, netns.Config{Instance: "test0"})
+	points := steps(func() { err = adopt(reopened) })
+	if err != nil || len(points) < 8 {
+		t.Fatalf("adopt: %v, by the steps %v", err, points)
+	}
+	if err := reopened.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, point := range points {
+		n := open(t, netns.Config{Instance: "test0"})
+		disarm := fault.Set(point, fault.Fail)
+		if err := adopt(n); !errors.Is(err, fault.ErrInjected) {
+			t.Errorf("%s: %v", point, err)
+		}
+		disarm()
+		if err := n.Close(); err != nil {
+			t.Fatal(err)
+		}
+		last := open(t, netns.Config{Instance: "test0"})
+		if err := adopt(last); err != nil {
+			t.Errorf("%s: again: %v", point, err)
+		}
+		if _, err := dial(g.ns, webServer); err == nil {
+			t.Errorf("%s: the internet is open", point)
+		}
+		if err := last.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

@@ -58,7 +58,7 @@ var buildWorld = sync.OnceValue(func() error {
 	for _, s := range []struct{ ns, addr string }{
 		{"inet", webServer}, {"inet", denyServer}, {"inet", metadata}, {"lan", lanServer}, {"lan", lanPublic}, {"", "0.0.0.0:7070"}, {"", "[::]:7071"},
 	} {
-		if err := serve(s.ns, s.addr); err != nil {
+		if _, err := serve(s.ns, s.addr); err != nil {
 			return err
 		}
 	}
@@ -76,9 +76,9 @@ func world(t testing.TB) {
 	}
 }
 
-// serve tells every TCP client its own address, and echoes UDP.
-func serve(ns, addr string) error {
-	return within(ns, func() error {
+// serve tells every TCP client its own address, and echoes UDP, until stop.
+func serve(ns, addr string) (stop func(), err error) {
+	err = within(ns, func() error {
 		l, err := net.Listen("tcp", addr)
 		if err != nil {
 			return err
@@ -87,6 +87,7 @@ func serve(ns, addr string) error {
 		if err != nil {
 			return err
 		}
+		stop = func() { _ = l.Close(); _ = p.Close() }
 		go func() {
 			for {
 				c, err := l.Accept()
@@ -112,6 +113,17 @@ func serve(ns, addr string) error {
 		}()
 		return nil
 	})
+	return stop, err
+}
+
+// serveFor is serve for one test.
+func serveFor(t testing.TB, ns, addr string) {
+	t.Helper()
+	stop, err := serve(ns, addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(stop)
 }
 
 func serveDNS(ns, addr string) error {
