@@ -26,7 +26,7 @@ VERSION   := $(shell git -c safe.directory='*' describe --tags --always --dirty 
 BUILD     := $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
 STAGE     := scripts/stage
 # With REQUIRE a skipped test is a failure: all of this is installed by `make deps`.
-REQUIRE_TOOLS := qemu-system-x86_64,qemu-img,mmdebstrap,mke2fs,buf
+REQUIRE_TOOLS := assets,qemu-system-x86_64,qemu-img,mmdebstrap,mke2fs,buf
 TESTFLAGS ?=
 # Packages whose tests need root, found by what they call. Whole-system tests have stages of their own.
 ROOT_PKGS  = $(shell grep -rl --include='*_test.go' 'testkit\.Root(' . | grep -v -E '^\./(test|build)/' | xargs -r -n1 dirname | sort -u)
@@ -35,7 +35,7 @@ AS_ROOT    = $(if $(SUDO),-exec "$(CURDIR)/scripts/as-root",)
 SYSTEM     = $(GO) test -count=1 -p 1 $(AS_ROOT) $(TESTFLAGS)
 
 .PHONY: help up down demo doctor deps build release generate fmt check check-all bench \
-        check-format check-vet check-lint check-build check-unit check-root check-e2e
+        check-format check-vet check-lint check-build check-assets check-unit check-root check-e2e
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -69,7 +69,7 @@ fmt: ## format all Go code
 
 check: ## everything CI runs
 	@start=$$SECONDS; \
-	for s in format vet lint build unit root e2e; do $(MAKE) check-$$s; done; \
+	for s in format vet lint build assets unit root e2e; do $(MAKE) check-$$s; done; \
 	printf 'make check: all passed in %dm%02ds\n' $$(( (SECONDS-start)/60 )) $$(( (SECONDS-start)%60 ))
 
 check-format:
@@ -88,6 +88,9 @@ check-build:
 	@$(STAGE) "build" -- $(MAKE) build
 	@$(STAGE) "build, release" -- $(GO) build -trimpath -buildvcs=false -tags release -o /dev/null ./cmd/...
 
+check-assets: build
+	@$(STAGE) "what test VMs boot" -- bash -c '$(GO) build -o build/assets ./test/assets && $(SUDO) build/assets'
+
 check-unit:
 	@REQUIRE=$(REQUIRE_TOOLS) $(STAGE) --show "unit tests" -- $(GO) test -timeout 10m $(TESTFLAGS) $(UNIT_PKGS)
 
@@ -96,8 +99,7 @@ check-root:
 	  $(GO) test -timeout 10m -p 1 $(AS_ROOT) $(TESTFLAGS) $(ROOT_PKGS),:)
 
 check-e2e:
-	@$(if $(wildcard test/e2e/*_test.go),REQUIRE=root$(,)$(REQUIRE_TOOLS) $(STAGE) --show "end to end" -- \
-	  $(SYSTEM) -timeout 15m ./test/e2e/...,:)
+	@REQUIRE=root,$(REQUIRE_TOOLS) $(STAGE) --show "end to end" -- $(SYSTEM) -timeout 15m ./test/e2e/... ./test/chaos/...
 
 check-all: check ## check, then what takes longer: the race detector, crash sweeps, soak
 	@if command -v gcc >/dev/null; then \

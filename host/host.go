@@ -5,6 +5,7 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -104,10 +105,8 @@ type Agent struct {
 // half made or half removed is removed, and what nobody owns is swept.
 func Open(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	cfg = cfg.withDefaults()
-	for _, dir := range []string{cfg.Dir, cfg.RunDir, filepath.Join(cfg.Dir, "journal"), filepath.Join(cfg.Dir, "sandboxes"), filepath.Join(cfg.Dir, "consoles")} {
-		if err := osfs.MkdirAll("host-dirs", dir, 0o711); err != nil {
-			return nil, fmt.Errorf("make %s: %w", dir, err)
-		}
+	if err := makeDirs(cfg); err != nil {
+		return nil, err
 	}
 	lock, err := lockDir(cfg.Dir)
 	if err != nil {
@@ -139,6 +138,26 @@ func Open(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	}
 	a.wg.Go(a.keepHouse)
 	return a, nil
+}
+
+// makeDirs makes the agent's folders. VMs pass through some of them to their
+// own, as users of their own; they list nothing.
+func makeDirs(cfg Config) error {
+	for _, d := range []struct {
+		path string
+		perm fs.FileMode
+	}{
+		{cfg.Dir, 0o711},
+		{cfg.RunDir, 0o711},
+		{filepath.Join(cfg.Dir, "sandboxes"), 0o711},
+		{filepath.Join(cfg.Dir, "journal"), 0o700},
+		{filepath.Join(cfg.Dir, "consoles"), 0o700},
+	} {
+		if err := osfs.MkdirAll("host-dirs", d.path, d.perm); err != nil {
+			return fmt.Errorf("make %s: %w", d.path, err)
+		}
+	}
+	return nil
 }
 
 func (c Config) withDefaults() Config {
