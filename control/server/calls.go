@@ -110,8 +110,8 @@ func endedError(row store.Sandbox) error {
 // mean that the sandbox has ended, the database learns that first: the client
 // then gets the cause instead of what the loss looked like.
 func (s *Server) hostError(ctx context.Context, id sandbox.ID, err error) error {
-	if cause := context.Cause(ctx); cause != nil && sandbox.KindOf(cause) == sandbox.KindConflict {
-		return cause
+	if why := whyEnded(ctx); why != nil {
+		return why
 	}
 	if s.ctx.Err() != nil {
 		return errStopping
@@ -125,13 +125,22 @@ func (s *Server) hostError(ctx context.Context, id sandbox.ID, err error) error 
 	if ctx.Err() != nil {
 		return err // the client is gone; nobody waits for a better reason
 	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	// Not with ctx: the end of the sandbox, which is looked for, ends that too.
+	look, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
-	if s.reconciler.Check(ctx) != nil {
+	if s.reconciler.Check(look) != nil {
 		return err // the host does not answer, which is what err says already
 	}
-	if row, rowErr := s.cfg.Store.Sandbox(ctx, id); rowErr == nil && row.State.Ended() {
+	if row, rowErr := s.cfg.Store.Sandbox(look, id); rowErr == nil && row.State.Ended() {
 		return endedError(row)
 	}
 	return err
+}
+
+// whyEnded is the reason for which a call was ended from here, if it was.
+func whyEnded(ctx context.Context) error {
+	if cause := context.Cause(ctx); cause != nil && sandbox.Is(cause, sandbox.KindConflict) {
+		return cause
+	}
+	return nil
 }
