@@ -60,7 +60,8 @@ func (g *group) remove() bool {
 	return err == nil || errors.Is(err, os.ErrNotExist)
 }
 
-// kill ends every process of the group whose first process is pid.
+// kill ends every process of the group but, without a cgroup, the first, which
+// is pid.
 func (g *group) kill(pid int) {
 	if g.path != "" {
 		kill := filepath.Join(g.path, "cgroup.kill") // Linux 5.14
@@ -71,7 +72,8 @@ func (g *group) kill(pid int) {
 	killTree(pid)
 }
 
-// killTree kills the descendants of pid, and all of its session. It looks until
+// killTree kills the descendants of pid, and all of its session, but not pid
+// itself. It looks until
 // it finds nobody new: a process may fork while it looks.
 func killTree(pid int) {
 	killed := map[int]bool{}

@@ -2,6 +2,7 @@ package exec
 
 import (
 	"context"
+	"errors"
 	"os"
 	"sync"
 	"syscall"
@@ -144,12 +145,17 @@ func endEvent(state *os.ProcessState, err error) *processv1.ProcessEvent_EndEven
 	return end
 }
 
-// kill ends a process and everything it started.
+// kill ends a process and everything it started. The process is held still
+// while its descendants are looked for: once it is dead, they have no parent by
+// which to be found.
 func (p *process) kill() error {
-	err := p.child.SignalGroup(syscall.SIGKILL)
-	if err == os.ErrProcessDone {
+	err := p.child.SignalGroup(syscall.SIGSTOP)
+	if err == nil {
+		p.group.kill(p.child.PID)
+		err = p.child.SignalGroup(syscall.SIGKILL)
+	}
+	if errors.Is(err, os.ErrProcessDone) {
 		return nil
 	}
-	p.group.kill(p.child.PID)
 	return err
 }
