@@ -207,7 +207,7 @@ func (m *machine) consoleTail() string {
 	if err != nil || len(data) == 0 {
 		return "; its console is empty"
 	}
-	return fmt.Sprintf("; its console ends with:\n%s", data)
+	return "; its console ends with:\n" + printable(string(data))
 }
 
 // introduce tells the guest who it is.

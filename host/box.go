@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 	"github.com/dormouse-sandbox/dormouse/vmm"
@@ -131,4 +133,24 @@ func causeOf(b *box) (sandbox.Cause, string) {
 		return c.cause, c.detail
 	}
 	return sandbox.CauseUser, ""
+}
+
+// printable makes text from a guest fit for a message: bounded, and without the
+// bytes that a terminal would obey.
+func printable(s string) string {
+	return clip(strings.Map(func(r rune) rune {
+		if r == '\n' || r == '\t' || unicode.IsPrint(r) {
+			return r
+		}
+		return -1
+	}, s))
+}
+
+// clip bounds what is kept of a text.
+func clip(s string) string {
+	const most = 4000
+	if len(s) > most {
+		return s[:most] + "…"
+	}
+	return s
 }

@@ -160,15 +160,6 @@ func (b *box) shut() {
 	}
 }
 
-// clip bounds what an entry keeps of an error: a console tail may be long.
-func clip(s string) string {
-	const most = 4000
-	if len(s) > most {
-		return s[:most] + "…"
-	}
-	return s
-}
-
 // DestroyAll ends every sandbox of this host and says how many it ended.
 func (a *Agent) DestroyAll(ctx context.Context, cause sandbox.Cause) (ended int, _ error) {
 	var errs []error

@@ -29,6 +29,15 @@ const (
 // killLimit bounds the killing of a command whose caller went away.
 const killLimit = 10 * time.Second
 
+// watchSilence returns a context that ends when its timer has not been reset or
+// stopped for too long.
+func watchSilence(ctx context.Context) (context.Context, *time.Timer) {
+	ctx, stop := context.WithCancelCause(ctx)
+	return ctx, time.AfterFunc(silenceKept, func() {
+		stop(sandbox.Errorf(sandbox.KindTransient, "the guest agent has been silent for %v", silenceKept))
+	})
+}
+
 // Command is a program to run in a sandbox.
 type Command struct {
 	Cmd     string
@@ -121,11 +130,8 @@ func (r *Process) open(c Command, stdin bool) error {
 	}
 	r.g.sign(req.Header(), c.User)
 	req.Header().Set("Keepalive-Ping-Interval", "15")
-	ctx, stop := context.WithCancelCause(r.ctx)
-	r.ctx = ctx
-	r.watchdog = time.AfterFunc(silenceKept, func() {
-		stop(sandbox.Errorf(sandbox.KindTransient, "the guest agent has been silent for %v", silenceKept))
-	})
+	ctx, watchdog := watchSilence(r.ctx)
+	r.ctx, r.watchdog = ctx, watchdog
 	stream, err := r.g.processes.Start(ctx, req)
 	if err != nil {
 		return rpcError(ctx, err)
@@ -174,7 +180,7 @@ func (r *Process) Output(fn func(stdout, stderr []byte) error) (ExecEnd, error) 
 }
 
 func (r *Process) endOf(end *process.ProcessEvent_EndEvent) ExecEnd {
-	out := ExecEnd{ExitCode: int(end.ExitCode), Exited: end.Exited, Status: end.Status}
+	out := ExecEnd{ExitCode: int(end.ExitCode), Exited: end.Exited, Status: printable(end.Status)}
 	select {
 	case <-r.timedOut:
 		out.TimedOut = !end.Exited // one that ended by itself just then did not time out

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -138,6 +139,8 @@ func (a *Agent) ReadFile(ctx context.Context, f FileRef, begin func(size int64) 
 		return err
 	}
 	defer cancel()
+	ctx, watch := watchSilence(ctx)
+	defer watch.Stop()
 	res, err := g.do(ctx, http.MethodGet, filesURL(f.Path, f.User), nil, nil)
 	if err != nil {
 		return err
@@ -148,7 +151,9 @@ func (a *Agent) ReadFile(ctx context.Context, f FileRef, begin func(size int64) 
 	}
 	buf := make([]byte, 256<<10)
 	for {
+		watch.Reset(silenceKept)
 		n, err := res.Body.Read(buf)
+		watch.Stop() // a slow reader is not a silent guest
 		if n > 0 {
 			if err := piece(buf[:n]); err != nil {
 				return err
@@ -171,7 +176,9 @@ func (a *Agent) WriteFile(ctx context.Context, f FileRef, source io.Reader) (pat
 		return "", 0, err
 	}
 	defer cancel()
-	counted := &countingReader{r: source}
+	ctx, watch := watchSilence(ctx)
+	defer watch.Stop()
+	counted := &countingReader{r: source, watch: watch}
 	res, err := g.do(ctx, http.MethodPost, filesURL(f.Path, f.User), counted, http.Header{"Content-Type": {"application/octet-stream"}})
 	if err != nil {
 		if counted.err != nil {
@@ -198,14 +205,18 @@ func (a *Agent) fileAgent(ctx context.Context, f FileRef) (*guest, context.Conte
 	return b.agent(ctx)
 }
 
-// countingReader counts what passes and remembers the source's own error.
+// countingReader counts what passes and remembers the source's own error. The
+// guest's silence counts only while it is the guest's turn.
 type countingReader struct {
-	r   io.Reader
-	n   int64
-	err error
+	r     io.Reader
+	n     int64
+	err   error
+	watch *time.Timer
 }
 
 func (c *countingReader) Read(p []byte) (int, error) {
+	c.watch.Stop()
+	defer c.watch.Reset(silenceKept)
 	n, err := c.r.Read(p)
 	c.n += int64(n)
 	if err != nil && err != io.EOF {

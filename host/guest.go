@@ -39,6 +39,10 @@ type guest struct {
 	patience atomic.Int64
 }
 
+// maxGuestMessage bounds one message from a guest. Its root may have put anything
+// in the agent's place: whatever comes from there is hostile until it is bounded.
+const maxGuestMessage = 16 << 20
+
 // dialLimit bounds one connection attempt to a guest that has answered before.
 const dialLimit = 10 * time.Second
 
@@ -52,13 +56,15 @@ func (a *Agent) newGuest(network Network, token string) *guest {
 			defer cancel()
 			return network.Dial(ctx, "tcp", address)
 		},
-		MaxIdleConnsPerHost: 16,
-		IdleConnTimeout:     15 * time.Second,
-		DisableCompression:  true,
+		MaxIdleConnsPerHost:    16,
+		IdleConnTimeout:        15 * time.Second,
+		DisableCompression:     true,
+		MaxResponseHeaderBytes: 64 << 10,
 	}
 	g.http = &http.Client{Transport: g.transport}
-	g.processes = processconnect.NewProcessClient(g.http, g.base)
-	g.files = filesystemconnect.NewFilesystemClient(g.http, g.base)
+	bound := connect.WithReadMaxBytes(maxGuestMessage)
+	g.processes = processconnect.NewProcessClient(g.http, g.base, bound)
+	g.files = filesystemconnect.NewFilesystemClient(g.http, g.base, bound)
 	return g
 }
 
@@ -142,7 +148,7 @@ func errorFrom(res *http.Response) error {
 	if err != nil || json.Unmarshal(data, &body) != nil || body.Message == "" {
 		body.Message = fmt.Sprintf("the guest agent answered %s", res.Status)
 	}
-	return sandbox.Errorf(kindOfStatus(res.StatusCode), "%s", body.Message)
+	return sandbox.Errorf(kindOfStatus(res.StatusCode), "%s", printable(body.Message))
 }
 
 func kindOfStatus(status int) sandbox.Kind {
@@ -201,7 +207,7 @@ func rpcError(ctx context.Context, err error) error {
 	case connect.CodeUnavailable, connect.CodeUnknown, connect.CodeCanceled:
 		kind = sandbox.KindTransient
 	}
-	return sandbox.WithKind(kind, errors.New(ce.Message()))
+	return sandbox.WithKind(kind, errors.New(printable(ce.Message())))
 }
 
 // sign adds what every call of a Connect service carries.
