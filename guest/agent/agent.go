@@ -123,7 +123,7 @@ func (a *Agent) guarded(next http.Handler) http.Handler {
 
 // unauthorized answers in the form that the caller's protocol understands.
 func (a *Agent) unauthorized(w http.ResponseWriter, r *http.Request, message string) {
-	if a.errors.IsSupported(r) && r.URL.Path != "/files" {
+	if r.Method == http.MethodPost && r.URL.Path != "/files" && a.errors.IsSupported(r) { // a call
 		_ = a.errors.Write(w, r, connect.NewError(connect.CodeUnauthenticated, errors.New(message))) // the caller is gone
 		return
 	}

@@ -85,7 +85,7 @@ func (s *Server) uploadParts(r *http.Request, user account.User, parts *multipar
 	written := []guestapi.WrittenFile{}
 	for {
 		part, err := parts.NextRawPart()
-		if errors.Is(err, io.EOF) {
+		if err == io.EOF { // a body that is cut between two parts wraps it
 			break
 		}
 		if err != nil {
