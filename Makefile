@@ -18,23 +18,23 @@ export CGO_ENABLED ?= 0
 UID  := $(shell id -u)
 SUDO := $(if $(filter 0,$(UID)),,sudo)
 # `sudo make` still builds as the user who typed it.
-AS_USER := $(if $(and $(filter 0,$(UID)),$(SUDO_UID),$(filter-out 0,$(SUDO_UID))),sudo -H -u \#$(SUDO_UID) -g \#$(SUDO_GID) env PATH=$(PATH) GOTOOLCHAIN=$(GOTOOLCHAIN) CGO_ENABLED=$(CGO_ENABLED),)
+AS_USER := $(if $(and $(filter 0,$(UID)),$(SUDO_UID),$(filter-out 0,$(SUDO_UID))),sudo -H -u \#$(SUDO_UID) -g \#$(SUDO_GID) env PATH=$(PATH) GOTOOLCHAIN=$(GOTOOLCHAIN) CGO_ENABLED=$(CGO_ENABLED) REQUIRE=$${REQUIRE:-} DORMOUSE_LONG=$${DORMOUSE_LONG:-},)
 GO   := $(AS_USER) go
 TOOL := $(GO) tool -modfile=tools/go.mod
 
 VERSION   := $(shell git -c safe.directory='*' describe --tags --always --dirty 2>/dev/null || echo unknown)
 BUILD     := $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
 STAGE     := scripts/stage
-# With REQUIRE a skipped test is a failure: all of this is installed by `make deps`.
-REQUIRE_TOOLS := assets,qemu-system-x86_64,qemu-img,mmdebstrap,mke2fs,buf
+# With REQUIRE a skipped test is a failure: all of this is installed by `make check-deps` or prepared by check-assets.
+REQUIRE_TOOLS := assets,buf,e2fsprogs,ip,iptables-nft,mke2fs,mmdebstrap,nft,qemu-img,qemu-io,qemu-system-x86_64,xz
 TESTFLAGS ?=
 # Packages whose tests need root, found by what they call. Whole-system tests have stages of their own.
-ROOT_PKGS  = $(shell grep -rl --include='*_test.go' 'testkit\.Root(' . | grep -v -E '^\./(test|build)/' | xargs -r -n1 dirname | sort -u)
+ROOT_PKGS  = $(shell grep -rlw --include='*_test.go' 'testkit\.Root' . | grep -v -E '^\./(test|build)/' | xargs -r -n1 dirname | sort -u)
 UNIT_PKGS  = $(filter-out $(patsubst ./%,github.com/dormouse-sandbox/dormouse/%,$(ROOT_PKGS)),$(shell $(GO) list ./... | grep -v '/dormouse/test/'))
-AS_ROOT    = $(if $(SUDO),-exec "$(CURDIR)/scripts/as-root",)
+AS_ROOT    = $(if $(SUDO)$(AS_USER),-exec "$(CURDIR)/scripts/as-root",)
 SYSTEM     = $(GO) test -count=1 -p 1 $(AS_ROOT) $(TESTFLAGS)
 
-.PHONY: help up down demo doctor deps build release generate fmt check check-all bench \
+.PHONY: help up down demo doctor deps check-deps build release generate fmt check check-all bench \
         check-format check-vet check-lint check-build check-assets check-unit check-root check-e2e
 
 help: ## this list
@@ -56,6 +56,9 @@ doctor: build ## what this machine has and lacks, with the cure for each thing
 deps: ## install the Debian packages that are missing, and say which
 	@scripts/install-deps
 
+check-deps: # what only the tests use, too
+	@scripts/install-deps --check
+
 build: ## bin/dormouse and bin/dormouse-guest
 	@$(AS_USER) mkdir -p bin
 	@$(BUILD) -o bin/dormouse ./cmd/dormouse
@@ -67,7 +70,7 @@ generate: ## generated code anew, from the .proto files
 fmt: ## format all Go code
 	@$(TOOL) gofumpt -w $$(git ls-files '*.go' | grep -v /gen/)
 
-check: ## everything CI runs
+check: check-deps ## everything CI runs
 	@start=$$SECONDS; \
 	for s in format vet lint build assets unit root e2e; do $(MAKE) check-$$s; done; \
 	printf 'make check: all passed in %dm%02ds\n' $$(( (SECONDS-start)/60 )) $$(( (SECONDS-start)%60 ))
@@ -78,7 +81,6 @@ check-format:
 
 check-vet:
 	@$(STAGE) "go vet" -- $(GO) vet ./...
-	@$(STAGE) "go vet, release" -- $(GO) vet -tags release ./cmd/...
 
 check-lint:
 	@$(STAGE) "staticcheck" -- $(TOOL) staticcheck ./...

@@ -84,8 +84,10 @@ func TestParse(t *testing.T) {
 	if err := fault.Parse("p=error,q=error@2"); err != nil {
 		t.Fatal(err)
 	}
-	defer fault.Set("p", nil)
-	defer fault.Set("q", nil)
+	t.Cleanup(func() {
+		fault.Set("p", nil)
+		fault.Set("q", nil)
+	})
 	for _, step := range []struct {
 		point string
 		fails bool
