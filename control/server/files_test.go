@@ -1,0 +1,142 @@
+package server_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"io"
+	"strings"
+	"testing"
+
+	"github.com/dormouse-sandbox/dormouse/control/hostfake"
+	"github.com/dormouse-sandbox/dormouse/internal/testkit"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
+)
+
+func TestFiles(t *testing.T) {
+	r := newRig(t)
+	id := r.create()
+	w, err := r.c.WriteFile(r.ctx(), id, "/d/a b?&.txt", "user", strings.NewReader("hello"))
+	if err != nil || w.Size != 5 || w.Path != "/d/a b?&.txt" {
+		t.Fatalf("write: %+v, %v", w, err)
+	}
+	body, size, err := r.c.ReadFile(r.ctx(), id, "/d/a b?&.txt", "")
+	if err != nil || size != 5 {
+		t.Fatalf("read: %d, %v", size, err)
+	}
+	b, err := io.ReadAll(body)
+	if err != nil || string(b) != "hello" || body.Close() != nil {
+		t.Errorf("read %q, %v", b, err)
+	}
+	if f, err := r.c.Stat(r.ctx(), id, "/d/a b?&.txt", ""); err != nil || f.Size != 5 || f.Type != "file" {
+		t.Errorf("stat: %+v, %v", f, err)
+	}
+	if l, err := r.c.ListDir(r.ctx(), id, "/d", "", 2); err != nil || len(l) != 1 {
+		t.Errorf("list: %+v, %v", l, err)
+	}
+	if f, err := r.c.MakeDir(r.ctx(), id, "/e", ""); err != nil || f.Type != "directory" {
+		t.Errorf("mkdir: %+v, %v", f, err)
+	}
+	_, err = r.c.MakeDir(r.ctx(), id, "/e", "")
+	r.wantKind(err, sandbox.KindExists)
+	_, _, err = r.c.ReadFile(r.ctx(), id, "/e", "")
+	r.wantKind(err, sandbox.KindInvalid)
+	if f, err := r.c.Move(r.ctx(), id, "/d/a b?&.txt", "/g", ""); err != nil || f.Path != "/g" {
+		t.Errorf("move: %+v, %v", f, err)
+	}
+	for range 2 {
+		if err := r.c.Remove(r.ctx(), id, "/g", ""); err != nil {
+			t.Errorf("remove: %v", err)
+		}
+	}
+	_, err = r.c.Stat(r.ctx(), id, "/g", "")
+	r.wantKind(err, sandbox.KindNotFound)
+	if w, err := r.c.WriteFile(r.ctx(), id, "/empty", "", bytes.NewReader(nil)); err != nil || w.Size != 0 {
+		t.Errorf("write of nothing: %+v, %v", w, err)
+	}
+	if body, size, err := r.c.ReadFile(r.ctx(), id, "/empty", ""); err != nil || size != 0 || body.Close() != nil {
+		t.Errorf("read of nothing: %d, %v", size, err)
+	}
+}
+
+func TestLargeFilesAreWholeAndMemoryFlat(t *testing.T) {
+	r := newRig(t)
+	id := r.create()
+	want := patternHash(t, big)
+	grew := watchHeap(t)
+	w, err := r.c.WriteFile(r.ctx(), id, "/up", "", hostfake.Pattern(big))
+	if err != nil || w.Size != big {
+		t.Fatalf("upload: %+v, %v", w, err)
+	}
+	if got := r.host.Hash(id, "/up"); got != want {
+		t.Errorf("upload has hash %s, want %s", got, want)
+	}
+	body, size, err := r.c.ReadFile(r.ctx(), id, "/pattern/268435456", "")
+	if err != nil || size != big {
+		t.Fatalf("download: %d, %v", size, err)
+	}
+	sum := sha256.New()
+	if _, err := io.Copy(sum, body); err != nil || body.Close() != nil {
+		t.Fatal(err)
+	}
+	if got := hex.EncodeToString(sum.Sum(nil)); got != want {
+		t.Errorf("download has hash %s, want %s", got, want)
+	}
+	if g := grew(); g > flat {
+		t.Errorf("the heap grew by %d MiB", g>>20)
+	}
+}
+
+func TestDownloadThatBreaksOffIsAnError(t *testing.T) {
+	r := newRig(t)
+	id := r.create()
+	pieces := 0
+	r.host.SetHook(func(_ context.Context, method, _ string) error {
+		if method == "ReadFile.data" {
+			if pieces++; pieces > 10 {
+				return errors.New("disk on fire")
+			}
+		}
+		return nil
+	})
+	body, _, err := r.c.ReadFile(r.ctx(), id, "/pattern/67108864", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := io.Copy(io.Discard, body)
+	if err == nil {
+		t.Errorf("%d bytes of 64 MiB passed for the whole", n)
+	}
+	_ = body.Close() // broken anyway
+}
+
+// broken is a reader that fails after a while.
+type broken struct{ r io.Reader }
+
+func (b *broken) Read(p []byte) (int, error) {
+	n, err := b.r.Read(p)
+	if errors.Is(err, io.EOF) {
+		err = errors.New("the disk was pulled out")
+	}
+	return n, err
+}
+
+func TestUploadThatBreaksOffLeavesNoFile(t *testing.T) {
+	r := newRig(t)
+	id := r.create()
+	_, err := r.c.WriteFile(r.ctx(), id, "/part", "", &broken{hostfake.Pattern(4 << 20)})
+	if err == nil {
+		t.Fatal("a broken upload succeeded")
+	}
+	testkit.Eventually(t, limit, "asked", func() bool { return r.host.Count("WriteFile") == 1 })
+	_, err = r.c.Stat(r.ctx(), id, "/part", "")
+	r.wantKind(err, sandbox.KindNotFound)
+}
+
+func TestUploadToNowhereIsRefusedEarly(t *testing.T) {
+	r := newRig(t)
+	_, err := r.c.WriteFile(r.ctx(), string(sandbox.NewID()), "/a", "", hostfake.Pattern(1<<30))
+	r.wantKind(err, sandbox.KindNotFound)
+}
