@@ -34,6 +34,7 @@ type fakeServer struct {
 	creates int
 	logs    string
 
+	stuck    bool                                                    // a delete fails
 	onCreate func()                                                  // called before a create answers
 	run      func(ctx context.Context, p *fakeProcess) (int, string) // nil: echo
 }
@@ -172,6 +173,10 @@ func (f *fakeServer) withBox(handle func(http.ResponseWriter, *http.Request, *ap
 }
 
 func (f *fakeServer) remove(w http.ResponseWriter, _ *http.Request, b *api.Sandbox) {
+	if f.stuck {
+		refuse(w, sandbox.KindInternal, "the disk does not let go")
+		return
+	}
 	f.end(b, sandbox.CauseUser)
 	writeJSON(w, b)
 }

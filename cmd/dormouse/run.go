@@ -65,7 +65,14 @@ func run(cmd *cobra.Command, c *client.Client, req api.CreateSandbox, exec api.E
 	if keep {
 		cmd.PrintErrln("sandbox", s.ID)
 	} else {
-		defer func() { err = errors.Join(err, destroy(cmd, c, s.ID)) }()
+		defer func() {
+			left := destroy(cmd, c, s.ID)
+			if left != nil && err != nil { // the command's status is the answer; this must be heard all the same
+				complain(cmd.ErrOrStderr(), context.WithoutCancel(cmd.Context()), left)
+				return
+			}
+			err = errors.Join(err, left)
+		}()
 	}
 	if err := cmd.Context().Err(); err != nil {
 		return err

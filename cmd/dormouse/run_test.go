@@ -83,6 +83,19 @@ func TestRunOfAnUnknownTemplate(t *testing.T) {
 	}
 }
 
+// What could not be destroyed is named, also when the command failed too.
+func TestRunSaysWhatItLeaves(t *testing.T) {
+	for code, want := range map[int]int{0: 125, 3: 3} {
+		f := newFake(t)
+		f.stuck = true
+		f.run = func(context.Context, *fakeProcess) (int, string) { return code, "" }
+		got := ask(t, "run", "base", "--", "x")
+		if got.code != want || !strings.Contains(got.errOut, "destroy sandbox "+f.boxes[0].ID+": the disk does not let go") {
+			t.Errorf("a command with status %d: %+v, want %d", code, got, want)
+		}
+	}
+}
+
 func TestRunKeepsWhatItIsToldToKeep(t *testing.T) {
 	f := newFake(t)
 	got := ask(t, "run", "base", "--keep", "--", "true")
