@@ -38,7 +38,7 @@ func TestConformance(t *testing.T) {
 					Cmdline: "test.do=" + string(g), UID: testUser(), GID: testUser(),
 				}
 			},
-			BootLimit:   30 * time.Second,
+			BootLimit:   time.Minute,
 			ConsoleKeep: consoleKeep,
 			ConsoleDisk: func(t *testing.T, r vmm.Record) int64 { return blocks(t, filepath.Join(r.Dir, "console.log")) },
 			Boots:       boots,

@@ -58,7 +58,7 @@ type Inside struct {
 }
 
 // ErrOutOfMemory is returned by a Guest that dies for want of memory.
-var ErrOutOfMemory = errors.New("Kernel panic - not syncing: System is deadlocked on memory")
+var ErrOutOfMemory = errors.New("kernel panic: system is deadlocked on memory")
 
 // Idle is a guest that boots and does nothing. Nobody listens: a dialler is
 // accepted by the kernel's backlog and never answered, as by a hung boot.
