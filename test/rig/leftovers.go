@@ -53,6 +53,9 @@ func (s *Server) VMs() []int {
 	return pids
 }
 
+// Namespaces lists this server's network namespaces, the prepared ones too.
+func (s *Server) Namespaces() []string { return matches("/run/netns", "dm"+s.Instance+"-") }
+
 func (s *Server) processes() []string {
 	var out []string
 	for pid, cmdline := range s.related() {

@@ -90,7 +90,7 @@ type Server struct {
 	opts Options
 
 	Data     string
-	Instance string
+	Instance string // in the name of everything that it has on the machine
 	URL      string
 	Client   *client.Client
 
@@ -103,9 +103,8 @@ type Server struct {
 // and whatever it left on the machine fails the test.
 func New(t testing.TB, opts Options) *Server {
 	t.Helper()
-	testkit.Root(t)
-	for _, tool := range []string{"qemu-system-x86_64", "mmdebstrap", "qemu-img"} {
-		testkit.Tool(t, tool)
+	if _, shared := t.(*processLife); !shared { // For has asked the test
+		require(t)
 	}
 	// Short, and open to the VMs' own users: sockets and disks are below it.
 	data, err := os.MkdirTemp("", "dm-")
@@ -115,9 +114,18 @@ func New(t testing.TB, opts Options) *Server {
 	if err := os.Chmod(data, 0o711); err != nil {
 		t.Fatal(err)
 	}
-	s := &Server{t: t, bin: Build(t), opts: opts, Data: data}
+	s := &Server{t: t, bin: Build(t), opts: opts, Data: data, Instance: instanceOf(data)}
 	t.Cleanup(s.end)
 	return s
+}
+
+// require skips a test on a machine that cannot run servers.
+func require(t testing.TB) {
+	t.Helper()
+	testkit.Root(t)
+	for _, tool := range []string{"qemu-system-x86_64", "mmdebstrap", "qemu-img"} {
+		testkit.Tool(t, tool)
+	}
 }
 
 // Start makes a server and starts it.

@@ -1,0 +1,209 @@
+package chaos_test
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/dormouse-sandbox/dormouse/api"
+	"github.com/dormouse-sandbox/dormouse/test/rig"
+)
+
+func kill(point string) string { return "DORMOUSE_FAULT=" + point + "=kill" }
+
+// TestKillDuringCreate kills the server at each step of a create. Started again
+// it has a failed sandbox with a cause and nothing of it on the machine, or, if
+// the VM was in the journal as running already, a sandbox that works.
+func TestKillDuringCreate(t *testing.T) {
+	every := passed(t).create
+	chosen := choose(t, every)
+	s := rig.New(t, rig.Options{})
+	s.With(kill(chosen[0]))
+	s.Up()
+	for i, point := range chosen {
+		ok := t.Run(point, func(t *testing.T) {
+			known := all(t, s)
+			if sb, err := try(t, s); err == nil {
+				t.Fatalf("the create answers with %s, which is %s", sb.ID, sb.State)
+			}
+			if !isDead(t, s) {
+				t.FailNow()
+			}
+			// The next point is armed already; a recovery passes none of a create.
+			s.With()
+			if i+1 < len(chosen) {
+				s.With(kill(chosen[i+1]))
+			}
+			s.Up()
+			checkKilledCreate(t, s, known, point, every)
+		})
+		if !ok {
+			t.FailNow() // the rest needs a server that is up
+		}
+	}
+	id := create(t, s)
+	if got := sh(t, s, id, "echo works"); got != "works" {
+		t.Errorf("after it all a sandbox answers %q", got)
+	}
+}
+
+// checkKilledCreate looks at what became of the one sandbox that is not known.
+func checkKilledCreate(t *testing.T, s *rig.Server, known map[string]api.Sandbox, point string, every []string) {
+	t.Helper()
+	at := slices.Index(every, point)
+	var id string
+	for other := range all(t, s) {
+		if _, ok := known[other]; !ok {
+			id = other
+		}
+	}
+	if id == "" {
+		if at >= slices.Index(every, "control/create/recorded") {
+			t.Error("the API knows nothing of a create that was on record")
+		}
+		onlyThese(t, s)
+		return
+	}
+	sb := settled(t, s, id)
+	t.Logf("%s: %s", sb.State, sb.Cause)
+	wantRunning := at >= slices.Index(every, "osfs/create-done/fsync-dir")
+	switch {
+	case wantRunning != (sb.State == "running"):
+		t.Errorf("it is %s (%s: %s), want running: %v", sb.State, sb.Cause, sb.CauseDetail, wantRunning)
+	case wantRunning:
+		onlyThese(t, s, id)
+		if got := sh(t, s, id, "echo alive"); got != "alive" {
+			t.Errorf("it answers %q", got)
+		}
+		if sb.Deadline == nil || time.Until(*sb.Deadline) < 50*time.Minute {
+			t.Errorf("its deadline is %v", sb.Deadline)
+		}
+		if _, err := s.Client.Delete(t.Context(), id); err != nil {
+			t.Error(err)
+		}
+	default:
+		wantEnd(t, sb, "failed", "agent_crash")
+	}
+	onlyThese(t, s)
+}
+
+// TestKillDuringDestroy kills the server at each step of a destroy. Started
+// again it goes on to the end by itself, unless nothing was on record yet: then
+// the sandbox runs on and can be destroyed.
+func TestKillDuringDestroy(t *testing.T) {
+	every := passed(t).destroy
+	s := rig.New(t, rig.Options{})
+	s.Up()
+	for _, point := range choose(t, every) {
+		ok := t.Run(point, func(t *testing.T) {
+			id := create(t, s)
+			s.Kill()
+			s.With(kill(point))
+			s.Up()
+			if sb, err := remove(t, s, id); err == nil {
+				t.Fatalf("the destroy answers that it is %s", sb.State)
+			}
+			if !isDead(t, s) {
+				t.FailNow()
+			}
+			s.With()
+			s.Up()
+			if slices.Index(every, point) == 0 {
+				if got := sh(t, s, id, "echo alive"); got != "alive" {
+					t.Errorf("it answers %q", got)
+				}
+				if _, err := remove(t, s, id); err != nil {
+					t.Error(err)
+				}
+			}
+			wantEnd(t, ended(t, s, id), "gone", "user")
+			onlyThese(t, s)
+		})
+		if !ok {
+			t.FailNow()
+		}
+	}
+}
+
+func remove(t testing.TB, s *rig.Server, id string) (api.Sandbox, error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), settleLimit)
+	defer cancel()
+	return s.Client.Delete(ctx, id)
+}
+
+// failOnce arms points so that each fails when it is first passed.
+func failOnce(points []string) string {
+	return "DORMOUSE_FAULT=" + strings.Join(points, "=error@1,") + "=error@1"
+}
+
+// TestEachStepOfCreateFails breaks every step once: each create fails at the
+// first step that has not failed yet, until one goes through.
+func TestEachStepOfCreateFails(t *testing.T) {
+	every := passed(t).create
+	chosen := choose(t, every)
+	s := rig.Start(t, rig.Options{Env: []string{failOnce(chosen)}})
+	for _, point := range chosen {
+		t.Run(point, func(t *testing.T) {
+			_, err := try(t, s)
+			if err == nil {
+				t.Fatal("the create succeeds")
+			}
+			id := failedID(err)
+			switch {
+			case id != "":
+				sb := get(t, s, id)
+				wantEnd(t, sb, "failed", "create_failed")
+				if !strings.Contains(sb.CauseDetail, point) {
+					t.Errorf("its end says %q, want the step in it", sb.CauseDetail)
+				}
+			case slices.Index(every, point) >= slices.Index(every, "control/create/recorded"):
+				t.Errorf("%v: it does not say which sandbox failed", err)
+			}
+			onlyThese(t, s)
+		})
+	}
+	id := create(t, s)
+	if got := sh(t, s, id, "echo works"); got != "works" {
+		t.Errorf("afterwards a sandbox answers %q", got)
+	}
+}
+
+// TestEachStepOfDestroyFails breaks every step of one sandbox's destroy once.
+// The server repeats what failed until nothing is left.
+func TestEachStepOfDestroyFails(t *testing.T) {
+	every := passed(t).destroy
+	s := rig.New(t, rig.Options{})
+	trace := s.Data + "/points"
+	s.With(failOnce(every), "DORMOUSE_FAULT_SEEN="+trace)
+	s.Up()
+	id := create(t, s)
+	if sb, err := remove(t, s, id); err == nil && sb.State == "gone" {
+		t.Error("the destroy has met none of its failures")
+	}
+	// Whoever asked asks again, as a client does; nothing else is done for it.
+	eventually(func() bool {
+		sb, err := remove(t, s, id)
+		return err == nil && sb.State == "gone"
+	})
+	wantEnd(t, ended(t, s, id), "gone", "user")
+	onlyThese(t, s)
+	for _, point := range every {
+		// What is behind the end, the reconciler repeats in its next pass.
+		if point != "control/destroy/recorded" && !eventually(func() bool { return count(points(t, trace), point) >= 2 }) {
+			t.Errorf("%s was passed %d times: it failed and was not repeated", point, count(points(t, trace), point))
+		}
+	}
+}
+
+func count(list []string, item string) int {
+	n := 0
+	for _, s := range list {
+		if s == item {
+			n++
+		}
+	}
+	return n
+}

@@ -1,0 +1,125 @@
+package chaos_test
+
+import (
+	"bufio"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/dormouse-sandbox/dormouse/test/rig"
+)
+
+// steps are the failpoints of one verb, in the order in which it passes them.
+type steps struct{ create, destroy []string }
+
+var seen *steps
+
+// passed is what observe found, which is asked once.
+func passed(t *testing.T) steps {
+	t.Helper()
+	if seen == nil {
+		t.Run("observe", func(t *testing.T) {
+			found := observe(t)
+			seen = &found
+		})
+	}
+	if seen == nil {
+		t.FailNow()
+	}
+	return *seen
+}
+
+// observe starts a server that writes down which points it passes, and takes a
+// sandbox through its life. A step that is added to the product is found here
+// by itself. Points that the server passes without being asked too (netns/…
+// while it prepares slots) are left to the tests of those packages.
+func observe(t *testing.T) steps {
+	t.Helper()
+	trace := filepath.Join(t.TempDir(), "points")
+	s := rig.New(t, rig.Options{Env: []string{"DORMOUSE_FAULT_SEEN=" + trace}})
+	s.Up()
+	// Its slots are ready: what is passed from here on is passed for the verbs.
+	if !eventually(func() bool { return len(s.Namespaces()) >= preparedSlots }) {
+		t.Fatalf("slots are not prepared: %q", s.Namespaces())
+	}
+	idle := points(t, trace)
+	id := create(t, s)
+	afterCreate := points(t, trace)
+	if _, err := s.Client.Delete(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	afterDestroy := points(t, trace)
+
+	out := steps{
+		create:  fresh(idle, afterCreate[len(idle):]),
+		destroy: fresh(idle, afterDestroy[len(afterCreate):]),
+	}
+	for _, want := range []struct {
+		name string
+		in   []string
+	}{
+		{"control/create/recorded", out.create}, {"host/create/vm", out.create}, {"osfs/create-done/rename", out.create},
+		{"control/destroy/marked", out.destroy}, {"host/destroy/vm", out.destroy}, {"osfs/destroy-done/rename", out.destroy},
+	} {
+		if !slices.Contains(want.in, want.name) {
+			t.Fatalf("%s was not passed; passed were %q and %q", want.name, out.create, out.destroy)
+		}
+	}
+	return out
+}
+
+func eventually(cond func() bool) bool {
+	for deadline := time.Now().Add(settleLimit); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		if cond() {
+			return true
+		}
+	}
+	return false
+}
+
+func points(t *testing.T, path string) []string {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }() // read only
+	var out []string
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		out = append(out, lines.Text())
+	}
+	return out
+}
+
+// fresh lists the points of passed that are not in known, each once.
+func fresh(known, passed []string) []string {
+	var out []string
+	for _, p := range passed {
+		if !slices.Contains(known, p) && !slices.Contains(out, p) {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// choose is all of the points, or without DORMOUSE_LONG those that stand for
+// the others: one system call of each durable write, and no step whose
+// neighbours differ in nothing that is on the machine.
+func choose(t *testing.T, points []string) []string {
+	t.Helper()
+	if long() {
+		return points
+	}
+	var out []string
+	for _, p := range points {
+		if strings.HasPrefix(p, "osfs/") && !strings.HasSuffix(p, "/rename") && !strings.HasSuffix(p, "/fsync-dir") {
+			continue
+		}
+		out = append(out, p)
+	}
+	t.Logf("%d of %d points; DORMOUSE_LONG=1 runs all", len(out), len(points))
+	return out
+}
