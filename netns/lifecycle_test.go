@@ -2,6 +2,7 @@ package netns_test
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 	"os"
 	"slices"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/miekg/dns"
 
+	"github.com/dormouse-sandbox/dormouse/internal/fault"
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/netns"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
@@ -66,6 +68,7 @@ func TestAdoptAfterRestart(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	run(t, "ip -n dmtest0-2 link set lo alias stray")
 	g, quiet := boot(t, online), boot(t, offline)
 	if err := first.Close(); err != nil {
 		t.Fatal(err)
@@ -74,11 +77,15 @@ func TestAdoptAfterRestart(t *testing.T) {
 		t.Fatalf("while no server runs: %v", err)
 	}
 
-	second := open(t, netns.Config{Instance: "test0"})
+	second := open(t, netns.Config{Instance: "test0", Prepare: 2})
 	if _, err := dial(g.ns, webServer); err != nil {
 		t.Fatalf("while it is not adopted yet: %v", err)
 	}
-	for _, s := range []*netns.Slot{online, offline} {
+	early := acquire(t, second, netns.Policy{}) // neither this nor the preparer takes what may be adopted
+	if early.Index() <= stray.Index() {
+		t.Errorf("a slot of the first process was handed out: %d", early.Index())
+	}
+	for _, s := range []*netns.Slot{offline, online} {
 		if _, err := second.Adopt(t.Context(), s.Index()); err != nil {
 			t.Fatal(err)
 		}
@@ -86,8 +93,9 @@ func TestAdoptAfterRestart(t *testing.T) {
 	if err := second.Sweep(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := os.Stat(stray.NetNS()); !os.IsNotExist(err) {
-		t.Errorf("what was not adopted is still there: %v", err)
+	// The preparer may have made a new one under the name already.
+	if out := run(t, "ip -n dmtest0-2 link show lo 2>/dev/null || true"); strings.Contains(out, "stray") {
+		t.Errorf("what was not adopted is still there: %s", out)
 	}
 	if reply, err := resolve(g.ns, "udp", gatewayDNS, webName, dns.TypeA); err != nil || len(reply.Answer) != 1 {
 		t.Errorf("DNS after the restart: %v, error %v", reply, err)
@@ -98,7 +106,7 @@ func TestAdoptAfterRestart(t *testing.T) {
 	if reply, err := resolve(quiet.ns, "udp", gatewayDNS, webName, dns.TypeA); err != nil || reply.Rcode != dns.RcodeRefused {
 		t.Errorf("DNS without internet: %v, error %v", reply, err)
 	}
-	if _, err := second.Adopt(t.Context(), stray.Index()); !sandbox.Is(err, sandbox.KindNotFound) {
+	if _, err := second.Adopt(t.Context(), 30); !sandbox.Is(err, sandbox.KindNotFound) {
 		t.Errorf("adopting what is gone: %v", err)
 	}
 	if _, err := second.Adopt(t.Context(), online.Index()); !sandbox.Is(err, sandbox.KindConflict) {
@@ -157,6 +165,29 @@ func TestLeftoverDoesNotPoisonItsSlot(t *testing.T) {
 	run(t, `touch /run/netns/dmtest0-0; ip netns add dmtest0-1; ip link add dmtest0-2 type veth peer name strayed`)
 	for range 3 {
 		acquire(t, n, netns.Policy{})
+	}
+}
+
+func TestWhatCannotBeRepairedIsSkipped(t *testing.T) {
+	n := network(t, netns.Config{MaxSlots: 2, Prepare: 1})
+	if err := n.Sweep(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	first, second := acquire(t, n, netns.Policy{}), acquire(t, n, netns.Policy{})
+	disarm := fault.Set("netns/veth-delete", fault.Fail)
+	defer disarm()
+	if err := first.Close(t.Context()); !errors.Is(err, fault.ErrInjected) {
+		t.Fatalf("close: %v", err)
+	}
+	if _, err := n.Acquire(t.Context()); !sandbox.Is(err, sandbox.KindBusy) {
+		t.Errorf("while the only free one is broken: %v", err)
+	}
+	disarm()
+	if s := acquire(t, n, netns.Policy{}); s.Index() != first.Index() || s.Index() == second.Index() {
+		t.Errorf("the repaired slot is %d", s.Index())
+	}
+	if err := first.Close(t.Context()); err != nil {
+		t.Errorf("its first owner closes again: %v", err)
 	}
 }
 

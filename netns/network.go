@@ -49,7 +49,7 @@ const (
 
 // Open declares the instance's ruleset on the host. Slots of an earlier
 // process keep running as they are: Adopt those that are still wanted, then
-// call Sweep. Slots are prepared from the Sweep or the first Acquire on.
+// call Sweep. Slots are prepared from the Sweep on.
 func Open(ctx context.Context, cfg Config) (*Network, error) {
 	cfg, err := cfg.check()
 	if err != nil {
@@ -146,8 +146,9 @@ func (n *Network) signal() {
 // Acquire hands out a prepared slot, or makes one. Its policy is to deny
 // everything. When all slots are taken the error is of kind busy.
 func (n *Network) Acquire(ctx context.Context) (*Slot, error) {
+	tried := map[int]bool{} // what this call could not repair
 	for {
-		s, index, wait, err := n.claim(stateMaking)
+		s, index, wait, err := n.claim(stateMaking, tried)
 		switch {
 		case err != nil:
 			return nil, err
@@ -163,7 +164,8 @@ func (n *Network) Acquire(ctx context.Context) (*Slot, error) {
 		}
 		s, err = n.build(ctx, index, stateUsed)
 		if errors.Is(err, errTaken) {
-			continue // the index is marked; another one serves
+			tried[index] = true
+			continue // another one serves
 		}
 		return s, err
 	}
@@ -171,7 +173,7 @@ func (n *Network) Acquire(ctx context.Context) (*Slot, error) {
 
 // claim takes a prepared slot (only for an Acquire), or reserves an index, or
 // returns a channel to wait on while the preparer holds the last ones.
-func (n *Network) claim(as slotState) (s *Slot, index int, wait <-chan struct{}, err error) {
+func (n *Network) claim(as slotState, tried map[int]bool) (s *Slot, index int, wait <-chan struct{}, err error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.closed {
@@ -190,14 +192,14 @@ func (n *Network) claim(as slotState) (s *Slot, index int, wait <-chan struct{},
 			return nil, i, nil, nil
 		}
 		preparing = preparing || e.state == statePreparing
-		if e.state == stateLeaked && leaked < 0 {
+		if e.state == stateLeaked && leaked < 0 && !tried[i] {
 			leaked = i
 		}
 	}
 	switch {
 	case preparing && as == stateMaking:
 		return nil, 0, n.changed, nil
-	case leaked >= 0 && n.swept:
+	case leaked >= 0 && n.swept && as == stateMaking:
 		// Nothing else is left: try to repair, after everything that works.
 		n.slots[leaked] = &entry{state: as}
 		return nil, leaked, nil, nil
@@ -242,7 +244,8 @@ func (n *Network) Adopt(ctx context.Context, index int) (*Slot, error) {
 			index, n.cfg.Pool, n.cfg.MaxSlots-1)
 	}
 	n.mu.Lock()
-	if _, taken := n.slots[index]; taken || n.closed {
+	// An Acquire before the Sweep marks what it must not touch as leaked.
+	if e, taken := n.slots[index]; (taken && (e.state != stateLeaked || n.swept)) || n.closed {
 		n.mu.Unlock()
 		return nil, sandbox.Errorf(sandbox.KindConflict, "adopt slot %d: it is in use, or the network is closed", index)
 	}

@@ -6,7 +6,8 @@ import (
 	"time"
 )
 
-// prepare keeps cfg.Prepare slots ready, one after the other, until ctx ends.
+// prepare keeps cfg.Prepare slots ready from the Sweep on, one after the other,
+// until ctx ends.
 func (n *Network) prepare(ctx context.Context) {
 	for {
 		select {
@@ -38,12 +39,12 @@ func (n *Network) wanted() bool {
 		}
 		taken++
 	}
-	return !n.closed && ready < n.cfg.Prepare && taken < n.cfg.MaxSlots
+	return n.swept && !n.closed && ready < n.cfg.Prepare && taken < n.cfg.MaxSlots
 }
 
 // prepareOne reports whether it is worth trying again at once.
 func (n *Network) prepareOne(ctx context.Context) bool {
-	_, index, _, err := n.claim(statePreparing)
+	_, index, _, err := n.claim(statePreparing, nil)
 	if err != nil {
 		return false // all taken meanwhile, or closed
 	}
