@@ -139,10 +139,13 @@ func (s *Server) writeFile(w http.ResponseWriter, r *http.Request) error {
 		err = sendBody(up, r.Body)
 	}
 	var broken *bodyError
-	if errors.As(err, &broken) {
-		cancel()
-		_, _ = up.CloseAndReceive() // cancelled: it has nothing to say
+	switch {
+	case errors.As(err, &broken):
+		// The deferred cancel resets the host's stream. Closing it in order, as
+		// CloseAndReceive does, could make the part look like the whole.
 		return sandbox.Errorf(sandbox.KindInvalid, "read body: %w", broken.err)
+	case err != nil && ctx.Err() != nil:
+		return s.hostError(ctx, t.id, err) // likewise
 	}
 	// After a failed Send the host's reason is in the answer.
 	resp, err := up.CloseAndReceive()

@@ -116,6 +116,9 @@ func (st *stream) serve(authenticated bool) error {
 	st.ctx, st.cancel = context.WithCancelCause(ctx)
 	defer st.cancel(nil)
 	st.host = st.s.cfg.Host.ExecStream(st.ctx)
+	// Once an answer has begun, net/http's HTTP/2 does not look at the context
+	// while it waits for more of the request: that has to be closed too.
+	defer context.AfterFunc(st.ctx, st.cutHost)()
 	err = st.send(&hostv1.ExecStreamRequest{Message: &hostv1.ExecStreamRequest_Start_{
 		Start: &hostv1.ExecStreamRequest_Start{Id: string(st.id), Command: command, Stdin: start.Stdin},
 	}})
@@ -147,9 +150,15 @@ func (st *stream) run() error {
 	}
 	_ = st.conn.Close(websocket.StatusNormalClosure, "") // a client that has gone needs no goodbye
 	st.cancel(nil)
-	_ = st.host.CloseResponse() // cancelled: what it says is no news
+	st.cutHost()
 	wg.Wait()
 	return nil
+}
+
+// cutHost lets go of the host's stream at once. The host then kills the command.
+func (st *stream) cutHost() {
+	_ = st.host.CloseResponse() // what a cancelled stream says is no news
+	_ = st.host.CloseRequest()
 }
 
 // first reads up to the start message.

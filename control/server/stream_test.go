@@ -54,7 +54,7 @@ func watchHeap(t *testing.T) func() uint64 {
 			select {
 			case <-stop:
 				return
-			case <-time.After(50 * time.Millisecond):
+			case <-time.After(300 * time.Millisecond):
 				most.Store(max(most.Load(), live()))
 			}
 		}
