@@ -17,6 +17,9 @@ const (
 	// agentMemory is kept back from user processes, in bytes. The agent stays
 	// below it while it streams to a hundred clients.
 	agentMemory = 32 << 20
+	// agentWeight is the agent's share of a busy CPU, where all commands together
+	// have 100.
+	agentWeight = 1000
 )
 
 // makeCgroups puts the agent into one cgroup and prepares another for all user
@@ -42,6 +45,9 @@ func (s *System) makeCgroups() error {
 		err := os.WriteFile(filepath.Join(cgroups, "cgroup.subtree_control"), []byte("+"+controller), 0)
 		s.warn("no cgroup controller "+controller, err)
 	}
+	// Each command gets the same share of the CPU, however many processes it has:
+	// a fork bomb leaves room for the command that ends it.
+	s.warn("no share of the CPU for each command", os.WriteFile(filepath.Join(user, "cgroup.subtree_control"), []byte("+cpu"), 0))
 	s.limit(agent, user)
 	return nil
 }
@@ -55,6 +61,7 @@ func (s *System) limit(agent, user string) {
 	}
 	total := uint64(info.Totalram) * uint64(info.Unit)
 	reserve := min(uint64(agentMemory), total/4)
+	s.set(agent, "cpu.weight", agentWeight)
 	s.set(agent, "memory.min", reserve)
 	s.set(user, "memory.max", total-reserve)
 	if threads, err := readUint("/proc/sys/kernel/threads-max"); err == nil {
