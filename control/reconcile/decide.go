@@ -79,7 +79,7 @@ func decideOrphan(status *hostv1.SandboxStatus, f Facts) Verdict {
 	case hostv1.State_STATE_UNSPECIFIED:
 		return Verdict{Do: End, Cause: sandbox.CauseAgentCrash, Detail: "the server died while the sandbox was being created"}
 	case hostv1.State_STATE_RUNNING:
-		return Verdict{Do: MakeRunning}
+		return Verdict{Do: MakeRunning, At: deadlineOf(status)}
 	case hostv1.State_STATE_CREATING:
 		if f.Age > f.CreateLong {
 			return Verdict{Do: Destroy, Cause: sandbox.CauseCreateFailed}
@@ -102,10 +102,18 @@ func decideRunning(row store.Sandbox, status *hostv1.SandboxStatus) Verdict {
 	if row.State == sandbox.Unreachable {
 		return Verdict{Do: MakeRunning}
 	}
-	if d := status.GetSpec().GetDeadline(); row.State == sandbox.Running && d.IsValid() && d.AsTime().Unix() > 0 && !d.AsTime().Equal(row.Deadline) {
-		return Verdict{Do: MoveDeadline, At: d.AsTime()}
+	if at := deadlineOf(status); row.State == sandbox.Running && !at.IsZero() && !at.Equal(row.Deadline) {
+		return Verdict{Do: MoveDeadline, At: at}
 	}
 	return Verdict{}
+}
+
+// deadlineOf is when the host will destroy a sandbox; zero when it does not say.
+func deadlineOf(status *hostv1.SandboxStatus) time.Time {
+	if d := status.GetSpec().GetDeadline(); d.IsValid() && d.AsTime().Unix() > 0 {
+		return d.AsTime()
+	}
+	return time.Time{}
 }
 
 // ended takes the host's word for why.

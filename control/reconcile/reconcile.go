@@ -262,7 +262,7 @@ func (r *Reconciler) settle(ctx context.Context, row store.Sandbox, status *host
 	case End:
 		return r.record(ctx, row, v) == nil
 	case MakeRunning:
-		_, err := r.cfg.Store.SetState(ctx, row, sandbox.Running)
+		_, err := r.makeRunning(ctx, row, v.At)
 		r.note(row, sandbox.Running, err)
 	case MoveDeadline:
 		if _, err := r.cfg.Store.SetDeadline(ctx, row, v.At); err != nil {
@@ -272,6 +272,15 @@ func (r *Reconciler) settle(ctx context.Context, row store.Sandbox, status *host
 		r.begin(row, v.Cause)
 	}
 	return false
+}
+
+// makeRunning records with the state the deadline that the host keeps, if the
+// row has none yet: nobody sees a running sandbox without one.
+func (r *Reconciler) makeRunning(ctx context.Context, row store.Sandbox, deadline time.Time) (store.Sandbox, error) {
+	if deadline.IsZero() {
+		return r.cfg.Store.SetState(ctx, row, sandbox.Running)
+	}
+	return r.cfg.Store.Running(ctx, row, deadline)
 }
 
 func (r *Reconciler) record(ctx context.Context, row store.Sandbox, v Verdict) error {
