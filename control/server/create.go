@@ -66,8 +66,8 @@ func (c *creates) close() {
 // createSandbox begins a create, or finds the one that the same idempotency key
 // began, and answers when it has come to an end.
 func (s *Server) createSandbox(w http.ResponseWriter, r *http.Request) error {
-	var req api.CreateSandbox
-	if err := readBody(w, r, &req); err != nil {
+	req, err := readCreate(w, r)
+	if err != nil {
 		return err
 	}
 	row, timeout, err := s.wanted(req)
@@ -99,6 +99,40 @@ func (s *Server) createSandbox(w http.ResponseWriter, r *http.Request) error {
 		status, c = http.StatusOK, s.creates.find(id)
 	}
 	return s.answerCreate(w, r, c, id, status)
+}
+
+// readCreate reads the body of a create. A size that is given as zero is out of
+// bounds; only one that is left out means the default.
+func readCreate(w http.ResponseWriter, r *http.Request) (api.CreateSandbox, error) {
+	var body struct {
+		api.CreateSandbox
+		VCPUs   *int `json:"vcpus"` // these hide the fields of the same names
+		MemMiB  *int `json:"mem_mib"`
+		DiskMiB *int `json:"disk_mib"`
+	}
+	if err := readBody(w, r, &body); err != nil {
+		return api.CreateSandbox{}, err
+	}
+	req := body.CreateSandbox
+	for _, size := range []struct {
+		name      string
+		given     *int
+		into      *int
+		min, most int
+	}{
+		{"vcpus", body.VCPUs, &req.VCPUs, sandbox.MinVCPUs, sandbox.MaxVCPUs},
+		{"mem_mib", body.MemMiB, &req.MemMiB, sandbox.MinMemMiB, sandbox.MaxMemMiB},
+		{"disk_mib", body.DiskMiB, &req.DiskMiB, sandbox.MinDiskMiB, sandbox.MaxDiskMiB},
+	} {
+		if size.given == nil {
+			continue
+		}
+		if *size.given == 0 {
+			return req, sandbox.Errorf(sandbox.KindInvalid, "%s is 0, must be from %d to %d", size.name, size.min, size.most)
+		}
+		*size.into = *size.given
+	}
+	return req, nil
 }
 
 // wanted checks a request and makes the row of it.

@@ -57,6 +57,9 @@ func (d *DB) End(ctx context.Context, s Sandbox, cause sandbox.Cause, detail str
 // change applies edits one after the other, each a step that the state machine
 // must allow, and writes the outcome if nobody else changed the row.
 func (d *DB) change(ctx context.Context, s Sandbox, edits ...func(*Sandbox)) (Sandbox, error) {
+	if s.State.Ended() {
+		return Sandbox{}, sandbox.Errorf(sandbox.KindConflict, "sandbox %s is %s and stays so", s.ID, s.State)
+	}
 	next := s
 	for _, edit := range edits {
 		before := next.State
