@@ -23,6 +23,20 @@ func openPipes(stdin bool) (*pipes, error) {
 	return p, err
 }
 
+// give makes the command's user the owner of its streams: a script that opens
+// /dev/stderr opens the pipe anew, and is asked whether it may.
+func (p *pipes) give(uid, gid int) error {
+	for i, f := range p.theirs {
+		if p.ours[i] == nil {
+			continue // /dev/null
+		}
+		if err := f.Chown(uid, gid); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // forked closes the child's ends, so that ours see it when the child closes its.
 func (p *pipes) forked() {
 	for _, f := range p.theirs {

@@ -126,6 +126,9 @@ func (s *Server) start(ctx context.Context, req *processv1.StartRequest, c comma
 	}
 	stdin := req.Stdin == nil || req.GetStdin()
 	pipes, err := openPipes(stdin)
+	if err == nil && c.cred != nil {
+		err = pipes.give(int(c.cred.Uid), int(c.cred.Gid))
+	}
 	if err == nil {
 		err = s.fork(p, c, pipes)
 	}
