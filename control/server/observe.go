@@ -21,11 +21,10 @@ import (
 func (s *Server) observe(mux *http.ServeMux, unmatched http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := s.cfg.Now()
-		next, pattern := mux.Handler(r)
+		next := http.Handler(mux)
+		_, pattern := mux.Handler(r)
 		if pattern == "" {
 			next, pattern = unmatched, "unmatched"
-		} else {
-			next = mux // it sets the path values; Handler does not
 		}
 		rec := &recorder{ResponseWriter: w}
 		id := rand.Text()

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -78,6 +79,9 @@ func (s *Server) execStream(w http.ResponseWriter, r *http.Request) error {
 		if _, err := s.cfg.Keys.Check(r.Context(), secret); err != nil {
 			return err
 		}
+	}
+	if !strings.Contains(strings.ToLower(r.Header.Get("Upgrade")), "websocket") {
+		return sandbox.Errorf(sandbox.KindInvalid, "this is a WebSocket: it cannot be read with a plain %s", r.Method)
 	}
 	conn, err := websocket.Accept(w, r, &websocket.AcceptOptions{OriginPatterns: s.cfg.Origins})
 	if err != nil {

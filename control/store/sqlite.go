@@ -24,7 +24,8 @@ var migrations embed.FS
 const readers = 8
 
 // OpenSQLite opens the database in a file, making it if it is not there, and
-// brings it to the newest schema. Only one process may have it open to write.
+// brings it to the newest schema. Another process may have it open too, to make
+// a key for example: SQLite's locks put the writers in order.
 func OpenSQLite(ctx context.Context, path string) (_ *DB, err error) {
 	if err := ownFile(path); err != nil {
 		return nil, err
