@@ -48,12 +48,24 @@ func (a *Agent) end(ctx context.Context, b *box, cause sandbox.Cause, detail str
 			return err
 		}
 		e.State, e.Cause, e.Detail = stateDestroying, cause, detail
-		if err := a.journal.write("destroy-intent", e); err != nil {
+		if err := a.intend(e); err != nil {
 			return err
 		}
 		b.set(func(live *entry) { live.State, live.Cause, live.Detail = e.State, e.Cause, e.Detail })
 	}
 	return a.finish(ctx, b)
+}
+
+// intend writes down that a sandbox is to be removed. On a full disk it goes on
+// without: removing is what gives space back. A crash in the middle is then
+// found as a VM that is gone.
+func (a *Agent) intend(e entry) error {
+	err := a.journal.write("destroy-intent", e)
+	if sandbox.Is(err, sandbox.KindNoSpace) {
+		a.log.Warn("removing a sandbox that the full disk has no room to note", "sandbox", e.ID, "err", err)
+		return nil
+	}
+	return err
 }
 
 // finish removes what is left of a sandbox that is being destroyed; the caller

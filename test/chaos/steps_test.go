@@ -32,10 +32,11 @@ func passed(t *testing.T) steps {
 	return *seen
 }
 
-// observe starts a server that writes down which points it passes, and takes a
-// sandbox through its life. A step that is added to the product is found here
-// by itself. Points that the server passes without being asked too (netns/…
-// while it prepares slots) are left to the tests of those packages.
+// observe takes a sandbox through its life on a server that writes down which
+// points it passes. A step that is added to the product is found here by itself.
+// Points that a server passes without being asked too, while it prepares slots
+// or takes a sandbox over, are left to the tests of those packages: a server
+// in which they are armed does not start.
 func observe(t *testing.T) steps {
 	t.Helper()
 	trace := filepath.Join(t.TempDir(), "points")
@@ -48,6 +49,9 @@ func observe(t *testing.T) steps {
 	idle := points(t, trace)
 	id := create(t, s)
 	afterCreate := points(t, trace)
+	s.Kill()
+	s.Up()
+	afterTakeOver := points(t, trace)
 	if _, err := s.Client.Delete(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
@@ -55,14 +59,18 @@ func observe(t *testing.T) steps {
 
 	out := steps{
 		create:  fresh(idle, afterCreate[len(idle):]),
-		destroy: fresh(idle, afterDestroy[len(afterCreate):]),
+		destroy: fresh(append(idle, afterTakeOver[len(afterCreate):]...), afterDestroy[len(afterTakeOver):]),
 	}
 	for _, want := range []struct {
 		name string
 		in   []string
 	}{
-		{"control/create/recorded", out.create}, {"host/create/vm", out.create}, {"osfs/create-done/rename", out.create},
-		{"control/destroy/marked", out.destroy}, {"host/destroy/vm", out.destroy}, {"osfs/destroy-done/rename", out.destroy},
+		{"control/create/recorded", out.create},
+		{"host/create/vm", out.create},
+		{"osfs/create-done/rename", out.create},
+		{"control/destroy/marked", out.destroy},
+		{"host/destroy/vm", out.destroy},
+		{"osfs/destroy-done/rename", out.destroy},
 	} {
 		if !slices.Contains(want.in, want.name) {
 			t.Fatalf("%s was not passed; passed were %q and %q", want.name, out.create, out.destroy)

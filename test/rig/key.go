@@ -47,7 +47,7 @@ func (s *Server) connect() {
 	if s.opts.NetNS != "" {
 		cfg.HTTPClient = &http.Client{Transport: &http.Transport{
 			DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
-				return dialIn(ctx, s.opts.NetNS, network, address)
+				return DialIn(ctx, s.opts.NetNS, network, address)
 			},
 		}}
 	}
@@ -58,8 +58,8 @@ func (s *Server) connect() {
 	s.Client = c
 }
 
-// dialIn connects from inside a named network namespace.
-func dialIn(ctx context.Context, name, network, address string) (net.Conn, error) {
+// DialIn connects from inside a named network namespace.
+func DialIn(ctx context.Context, name, network, address string) (net.Conn, error) {
 	type answer struct {
 		conn net.Conn
 		err  error

@@ -96,7 +96,7 @@ type Server struct {
 
 	cmd    *exec.Cmd
 	ended  chan struct{}
-	output *bytes.Buffer
+	output *tape
 }
 
 // New makes a server that is not started. When the test ends it is taken down,
@@ -157,7 +157,7 @@ func (s *Server) Launch() {
 	}
 	s.cmd = exec.Command(argv[0], argv[1:]...)
 	s.cmd.Env = append(os.Environ(), s.opts.Env...)
-	s.output = &bytes.Buffer{}
+	s.output = &tape{}
 	s.cmd.Stdout, s.cmd.Stderr = s.output, s.output
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := s.cmd.Start(); err != nil {

@@ -32,7 +32,7 @@ func (s *Shared) For(t testing.TB) *Server {
 	own.t = t
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Logf("the end of the shared server's log:\n%s", tail(own.Log(), 8000))
+			t.Logf("the end of the shared server's log:\n%s", tail(own.Log(), 3000))
 		}
 	})
 	return &own

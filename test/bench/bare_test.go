@@ -1,0 +1,230 @@
+package bench_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/dormouse-sandbox/dormouse/disk"
+	"github.com/dormouse-sandbox/dormouse/disk/qcow"
+	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
+	"github.com/dormouse-sandbox/dormouse/netns"
+	"github.com/dormouse-sandbox/dormouse/test/rig"
+)
+
+// bareVM starts QEMU without any of us: the command line of a sandbox's VM, on
+// a disk and a TAP of its own. No supervision, no journal, no confinement by
+// another user or namespace; the kernel, the initramfs, the image and every
+// flag that the guest notices are the same.
+type bareVM struct {
+	argv []string
+	disk disk.Config
+	slot *netns.Slot
+}
+
+// newBareVM reads the command line of the only VM that runs.
+func newBareVM(b *testing.B, s *rig.Server) *bareVM {
+	b.Helper()
+	pids := s.VMs()
+	if len(pids) != 1 {
+		b.Fatalf("VMs are %v, want one", pids)
+	}
+	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pids[0]))
+	if err != nil {
+		b.Fatal(err)
+	}
+	vm := &bareVM{}
+	argv := strings.Split(strings.TrimSuffix(string(line), "\x00"), "\x00")
+	for i := 0; i < len(argv); i++ {
+		switch option := argv[i]; {
+		case slices.Contains([]string{"-mon", "-add-fd", "-blockdev"}, option):
+			i++ // no control socket, no set of descriptors; the disk follows below
+		case option == "-chardev":
+			i++
+			if strings.Contains(argv[i], "id=console") {
+				vm.argv = append(vm.argv, option, "stdio,id=console,signal=off")
+			}
+		case option == "-kernel", option == "-initrd":
+			i++
+			vm.argv = append(vm.argv, option, opened(b, pids[0], argv[i]))
+		case option == "-netdev":
+			i++
+			vm.argv = append(vm.argv, option, "tap,id=net0,fd=3,vhost=off")
+		default:
+			vm.argv = append(vm.argv, option)
+		}
+	}
+	vm.prepare(b, argv)
+	return vm
+}
+
+// opened is the file behind a descriptor of a process.
+func opened(b *testing.B, pid int, path string) string {
+	b.Helper()
+	name, err := os.Readlink(strings.Replace(path, "/self/", "/"+strconv.Itoa(pid)+"/", 1))
+	if err != nil {
+		b.Fatal(err)
+	}
+	return name
+}
+
+// prepare makes the TAP and finds what the disk is made from.
+func (vm *bareVM) prepare(b *testing.B, argv []string) {
+	b.Helper()
+	var node struct {
+		File struct{ Filename string }
+	}
+	at := slices.Index(argv, "-blockdev")
+	if at < 0 || json.Unmarshal([]byte(argv[at+1]), &node) != nil {
+		b.Fatalf("%q has no disk", argv)
+	}
+	out, err := exec.Command("qemu-img", "info", "-U", "--output=json", node.File.Filename).Output()
+	if err != nil {
+		b.Fatal(err)
+	}
+	var info struct {
+		Size int64  `json:"virtual-size"`
+		Base string `json:"full-backing-filename"`
+	}
+	if err := json.Unmarshal(out, &info); err != nil || info.Base == "" {
+		b.Fatalf("%s: %v", out, err)
+	}
+	vm.disk = disk.Config{Base: info.Base, SizeBytes: info.Size}
+
+	ctx := context.Background()
+	cfg := netns.Config{Instance: "bench"}
+	network, err := netns.Open(ctx, cfg)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		if err := network.Close(); err != nil {
+			b.Error(err)
+		}
+		if err := netns.Remove(ctx, cfg); err != nil {
+			b.Error(err)
+		}
+	})
+	if vm.slot, err = network.Acquire(ctx); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		if err := vm.slot.Close(ctx); err != nil {
+			b.Error(err)
+		}
+	})
+}
+
+// boot starts the VM on a fresh disk, and times the first byte on its console
+// and the guest agent's first answer, in milliseconds.
+func (vm *bareVM) boot(b *testing.B) (console, agent float64) {
+	b.Helper()
+	disks, err := qcow.New(qcow.Config{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	config := vm.disk
+	config.Dir = filepath.Join(b.TempDir(), strconv.FormatInt(time.Now().UnixNano(), 36))
+	if err := os.Mkdir(config.Dir, 0o700); err != nil {
+		b.Fatal(err)
+	}
+	d, err := disks.Create(b.Context(), config)
+	if err != nil {
+		b.Fatal(err)
+	}
+	node, err := json.Marshal(map[string]any{
+		"driver": "qcow2", "node-name": "root", "discard": "unmap",
+		"file": map[string]any{"driver": "file", "filename": d.Path(), "discard": "unmap"},
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	tap, err := vm.slot.OpenTap()
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() { _ = tap.Close() }() // QEMU has its own
+
+	ctx, cancel := context.WithTimeout(b.Context(), 2*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, vm.argv[0], withDisk(vm.argv[1:], string(node))...)
+	cmd.ExtraFiles = []*os.File{tap}
+	first := &firstByte{at: make(chan time.Time, 1)}
+	cmd.Stdout, cmd.Stderr = first, first
+	began := time.Now()
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	defer func() {
+		cancel()
+		_ = cmd.Wait() // killed, which is its error
+	}()
+	if err := vm.await(ctx); err != nil {
+		b.Fatalf("bare QEMU: %v; it says:\n%s", err, first.String())
+	}
+	agent = time.Since(began).Seconds() * 1000
+	return (<-first.at).Sub(began).Seconds() * 1000, agent
+}
+
+// withDisk puts the disk's node in front of the device that uses it.
+func withDisk(argv []string, node string) []string {
+	for i, a := range argv {
+		if strings.HasPrefix(a, "virtio-blk-device") {
+			return slices.Insert(slices.Clone(argv), i-1, "-blockdev", node)
+		}
+	}
+	return argv
+}
+
+// await asks the guest agent until it answers.
+func (vm *bareVM) await(ctx context.Context) error {
+	transport := &http.Transport{DialContext: vm.slot.Dial, DisableKeepAlives: true}
+	url := "http://" + net.JoinHostPort(vm.slot.Guest().Addr().String(), strconv.Itoa(guestapi.Port)) + "/health"
+	for {
+		try, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
+		err := getOnce(try, transport, url)
+		cancel()
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		time.Sleep(5 * time.Millisecond) // how exactly the answer is timed
+	}
+}
+
+func getOnce(ctx context.Context, transport http.RoundTripper, url string) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return err
+	}
+	return resp.Body.Close()
+}
+
+// firstByte notes when anything is written to it first.
+type firstByte struct {
+	at   chan time.Time
+	once bool
+	bytes.Buffer
+}
+
+func (f *firstByte) Write(p []byte) (int, error) {
+	if !f.once {
+		f.once = true
+		f.at <- time.Now()
+	}
+	return f.Buffer.Write(p)
+}
