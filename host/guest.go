@@ -62,9 +62,12 @@ func (a *Agent) newGuest(network Network, token string) *guest {
 		MaxResponseHeaderBytes: 64 << 10,
 	}
 	g.http = &http.Client{Transport: g.transport}
-	bound := connect.WithReadMaxBytes(maxGuestMessage)
-	g.processes = processconnect.NewProcessClient(g.http, g.base, bound)
-	g.files = filesystemconnect.NewFilesystemClient(g.http, g.base, bound)
+	options := connect.WithClientOptions(
+		connect.WithReadMaxBytes(maxGuestMessage),
+		connect.WithAcceptCompression("gzip", nil, nil), // the way is short, and the guest would pay for it
+	)
+	g.processes = processconnect.NewProcessClient(g.http, g.base, options)
+	g.files = filesystemconnect.NewFilesystemClient(g.http, g.base, options)
 	return g
 }
 

@@ -18,7 +18,6 @@ import (
 	"github.com/dormouse-sandbox/dormouse/disk/qcow"
 	"github.com/dormouse-sandbox/dormouse/host"
 	"github.com/dormouse-sandbox/dormouse/host/hostapi"
-	"github.com/dormouse-sandbox/dormouse/host/hostapi/gen/dormouse/host/v1/hostv1connect"
 	hostserver "github.com/dormouse-sandbox/dormouse/host/server"
 	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 	"github.com/dormouse-sandbox/dormouse/internal/undo"
@@ -146,7 +145,7 @@ func serve(ctx context.Context, o upOptions, log *slog.Logger) (err error) {
 	}
 	u.PushClose("database", db.Close)
 	control, err := server.New(server.Config{
-		Host: hostv1connect.NewHostServiceClient(local.Client(), local.BaseURL()), Store: db, Keys: auth.New(db, nil),
+		Host: hostapi.NewClient(local.Client(), local.BaseURL()), Store: db, Keys: auth.New(db, nil),
 		Log: log, Version: version,
 	})
 	if err != nil {

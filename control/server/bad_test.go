@@ -61,7 +61,10 @@ func TestBadInput(t *testing.T) {
 	}{
 		{"unknown template", "POST", "/v1/sandboxes", `{"template":"nope"}`, 404, "no template nope; there are: base", nil},
 		{"path in template", "POST", "/v1/sandboxes", `{"template":"../images"}`, 400, `"../images" must match`, nil},
-		{"no CPUs", "POST", "/v1/sandboxes", `{"vcpus":-1}`, 400, "from 1 to 32", nil},
+		{"CPUs below none", "POST", "/v1/sandboxes", `{"vcpus":-1}`, 400, "vcpus is -1, must be from 1 to 32", nil},
+		{"no CPUs", "POST", "/v1/sandboxes", `{"vcpus":0}`, 400, "vcpus is 0, must be from 1 to 32", nil},
+		{"no memory", "POST", "/v1/sandboxes", `{"mem_mib":0}`, 400, "mem_mib is 0, must be from 128 to 65536", nil},
+		{"no disk", "POST", "/v1/sandboxes", `{"disk_mib":0}`, 400, "disk_mib is 0, must be from 64 to", nil},
 		{"too many CPUs", "POST", "/v1/sandboxes", `{"vcpus":1000}`, 400, "vcpus is 1000, must be from 1 to 32", nil},
 		{"too little memory", "POST", "/v1/sandboxes", `{"mem_mib":1}`, 400, "from 128 to 65536 MiB", nil},
 		{"memory beyond the host's", "POST", "/v1/sandboxes", `{"mem_mib":16384}`, 400, "mem_mib is 16384, the host has 8192 MiB", nil},
