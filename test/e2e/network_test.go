@@ -187,7 +187,7 @@ func (w world) try(id string, list []reach) map[string]string {
 // not, by IPv4 or IPv6.
 func TestGuestNetwork(t *testing.T) {
 	around := newSurroundings(t)
-	w := world{rig.Start(t, rig.Options{NetNS: around.host, Args: []string{"--listen", "[::]:7070"}}), t}
+	w := world{rig.Start(t, rig.Options{NetNS: around.host, Args: []string{"--listen", "0.0.0.0:7070"}}), t}
 	guest, other := w.create(small()).ID, w.create(small()).ID
 	shut := small()
 	shut.Network = &api.Network{}

@@ -76,7 +76,7 @@ func DialIn(ctx context.Context, name, network, address string) (net.Conn, error
 			done <- answer{nil, err}
 			return
 		}
-		var d net.Dialer
+		d := net.Dialer{FallbackDelay: -1} // with a fallback it would dial on other threads, which are elsewhere
 		conn, err := d.DialContext(ctx, network, address)
 		done <- answer{conn, err}
 	}()
