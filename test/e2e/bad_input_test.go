@@ -169,8 +169,15 @@ func badPaths(id string) []bad {
 		"%2e%2e", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "..%2f" + id, id + "%2f..", "%2e%2e%2f" + id[3:], id + "%00", strings.ToUpper(id), id + "x", "a",
 	} {
 		for _, end := range []struct{ method, path, body string }{
-			{"GET", "", ""}, {"DELETE", "", ""}, {"POST", "/exec", `{"shell":"true"}`}, {"GET", "/files/read?path=/etc/passwd", ""},
-			{"PUT", "/files/write?path=/tmp/x", "x"}, {"GET", "/logs", ""}, {"POST", "/timeout", `{"timeout_seconds":9}`}, {"GET", "/metrics", ""}, {"POST", "/ping", ""},
+			{"GET", "", ""},
+			{"DELETE", "", ""},
+			{"POST", "/exec", `{"shell":"true"}`},
+			{"GET", "/files/read?path=/etc/passwd", ""},
+			{"PUT", "/files/write?path=/tmp/x", "x"},
+			{"GET", "/logs", ""},
+			{"POST", "/timeout", `{"timeout_seconds":9}`},
+			{"GET", "/metrics", ""},
+			{"POST", "/ping", ""},
 		} {
 			table = append(table, bad{
 				end.method + " " + climb + end.path, end.method, "/v1/sandboxes/" + climb + end.path, end.body, "", 400,
