@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -174,7 +175,13 @@ func (vm *bareVM) boot(b *testing.B) (console, agent float64) {
 		b.Fatalf("bare QEMU: %v; it says:\n%s", err, first.String())
 	}
 	agent = time.Since(began).Seconds() * 1000
-	return (<-first.at).Sub(began).Seconds() * 1000, agent
+	select {
+	case at := <-first.at:
+		return at.Sub(began).Seconds() * 1000, agent
+	case <-ctx.Done():
+		b.Fatal("bare QEMU: its agent answers and its console is empty")
+		return 0, 0
+	}
 }
 
 // withDisk puts the disk's node in front of the device that uses it.
@@ -214,17 +221,25 @@ func getOnce(ctx context.Context, transport http.RoundTripper, url string) error
 	return resp.Body.Close()
 }
 
-// firstByte notes when anything is written to it first.
+// firstByte notes when anything is written to it first. It is an io.Writer and
+// nothing else, or a copy would go around Write.
 type firstByte struct {
 	at   chan time.Time
-	once bool
-	bytes.Buffer
+	mu   sync.Mutex
+	said bytes.Buffer
 }
 
 func (f *firstByte) Write(p []byte) (int, error) {
-	if !f.once {
-		f.once = true
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.said.Len() == 0 {
 		f.at <- time.Now()
 	}
-	return f.Buffer.Write(p)
+	return f.said.Write(p)
+}
+
+func (f *firstByte) String() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.said.String()
 }
