@@ -40,7 +40,7 @@ const (
 	keepaliveDefault = 90 * time.Second
 	lingerQuiet      = 100 * time.Millisecond
 	lingerMax        = 2 * time.Second
-	maxChunk         = 64 << 10 // bytes; the size of a pipe
+	maxChunk         = 256 << 10 // bytes; the size of an output pipe
 )
 
 // Config is what commands run with.

@@ -2,6 +2,8 @@ package exec
 
 import (
 	"os"
+
+	"golang.org/x/sys/unix"
 )
 
 // pipes are the three standard streams: the child's ends and ours.
@@ -19,8 +21,19 @@ func openPipes(stdin bool) (*pipes, error) {
 	}
 	for i := 1; i <= 2 && err == nil; i++ {
 		p.ours[i], p.theirs[i], err = os.Pipe()
+		if err == nil {
+			widen(p.ours[i])
+		}
 	}
 	return p, err
+}
+
+// widen makes a pipe hold more than its 64 KiB, so that a busy command and the
+// agent take turns less often. The kernel may refuse: it is only faster.
+func widen(f *os.File) {
+	if conn, err := f.SyscallConn(); err == nil {
+		_ = conn.Control(func(fd uintptr) { _, _ = unix.FcntlInt(fd, unix.F_SETPIPE_SZ, maxChunk) })
+	}
 }
 
 // give makes the command's user the owner of its streams: a script that opens
