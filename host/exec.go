@@ -26,7 +26,8 @@ const (
 	silenceKept = 2 * time.Minute
 )
 
-// killLimit bounds the killing of a command whose caller went away.
+// killLimit bounds the killing of a command whose caller went away or whose time
+// is up.
 const killLimit = 10 * time.Second
 
 // watchSilence returns a context that ends when its timer has not been reset or
@@ -34,7 +35,7 @@ const killLimit = 10 * time.Second
 func watchSilence(ctx context.Context) (context.Context, *time.Timer) {
 	ctx, stop := context.WithCancelCause(ctx)
 	return ctx, time.AfterFunc(silenceKept, func() {
-		stop(sandbox.Errorf(sandbox.KindTransient, "the guest agent has been silent for %v", silenceKept))
+		stop(sandbox.Errorf(sandbox.KindTransient, "the guest agent is silent for too long"))
 	})
 }
 
@@ -132,6 +133,9 @@ func (r *Process) open(c Command, stdin bool) error {
 	req.Header().Set("Keepalive-Ping-Interval", "15")
 	ctx, watchdog := watchSilence(r.ctx)
 	r.ctx, r.watchdog = ctx, watchdog
+	if c.Timeout > 0 {
+		watchdog.Reset(min(silenceKept, c.Timeout+killLimit)) // its caller counts on an answer by then
+	}
 	stream, err := r.g.processes.Start(ctx, req)
 	if err != nil {
 		return rpcError(ctx, err)
@@ -145,14 +149,26 @@ func (r *Process) open(c Command, stdin bool) error {
 		_ = stream.Close() // the error is the news
 		return rpcError(ctx, err)
 	}
+	watchdog.Reset(silenceKept)
 	r.pid = stream.Msg().GetEvent().GetStart().GetPid()
 	if c.Timeout > 0 {
 		r.deadline = time.AfterFunc(c.Timeout, func() {
 			close(r.timedOut)
-			_ = r.signal(ctx, process.Signal_SIGNAL_SIGKILL) // if the guest is gone the watchdog ends it
+			r.timeUp(ctx)
 		})
 	}
 	return nil
+}
+
+// timeUp kills the command. A guest that does not even take the signal is not
+// waited for any longer.
+func (r *Process) timeUp(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, killLimit)
+	defer cancel()
+	_ = r.signal(ctx, process.Signal_SIGNAL_SIGKILL) // what came of it is in the stream
+	if ctx.Err() != nil {
+		r.watchdog.Reset(0)
+	}
 }
 
 // Output hands every piece of output to fn until the command ends. It waits for
