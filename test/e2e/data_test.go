@@ -70,7 +70,7 @@ func big() int64 {
 }
 
 const (
-	defaultBig = 128 << 20
+	defaultBig = 256 << 20
 	// growth is what a process may grow by during a transfer: buffers of fixed
 	// size, and what a garbage collector leaves lying about.
 	growth = 64 << 20
