@@ -61,6 +61,7 @@ check-deps: # what only the tests use, too
 
 build: ## bin/dormouse and bin/dormouse-guest
 	@$(AS_USER) mkdir -p bin
+	@[ -x bin/dormouse ] || echo 'building bin/dormouse and bin/dormouse-guest: the first time takes minutes'
 	@$(BUILD) -o bin/dormouse ./cmd/dormouse
 	@$(BUILD) -o bin/dormouse-guest ./cmd/dormouse-guest
 

@@ -22,6 +22,7 @@ const (
 	imagesDir    = ".image"     // <digest>.ext4
 	kernelsDir   = ".kernel"    // <key>/{vmlinuz, modules/…, kernel.json}
 	initramfsDir = ".initramfs" // <key>.cpio
+	elfDir       = ".elf"       // <digest>.elf: kernels, unpacked
 )
 
 // Folders below Config.Cache.
@@ -91,7 +92,7 @@ func Open(cfg Config) (*Store, error) {
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	for _, dir := range []string{imagesDir, kernelsDir, initramfsDir} {
+	for _, dir := range []string{imagesDir, kernelsDir, initramfsDir, elfDir} {
 		if err := osfs.MkdirAll("template-open", filepath.Join(cfg.Dir, dir), 0o755); err != nil {
 			return nil, fmt.Errorf("open template store: %w", classify(err))
 		}

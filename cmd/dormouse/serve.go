@@ -36,7 +36,7 @@ const probeLimit = 5 * time.Second
 // prepared is what sandboxes are started with.
 type prepared struct {
 	templates *template.Store
-	kernel    template.Kernel
+	kernel    string
 	initrd    string
 	vmm       *qemu.Driver
 }
@@ -54,11 +54,14 @@ func prepare(ctx context.Context, o upOptions, log *slog.Logger, progress templa
 	if err != nil {
 		return p, err
 	}
-	p.kernel, err = p.templates.Kernel(ctx, template.KernelConfig{Image: o.kernel, ModulesDir: o.modules, Mirror: o.mirror}, progress)
+	k, err := p.templates.Kernel(ctx, template.KernelConfig{Image: o.kernel, ModulesDir: o.modules, Mirror: o.mirror}, progress)
 	if err != nil {
 		return p, fmt.Errorf("guest kernel: %w", err)
 	}
-	if p.initrd, err = p.templates.Initramfs(ctx, p.kernel, guest); err != nil {
+	if p.kernel, err = p.templates.ELF(ctx, k); err != nil {
+		return p, fmt.Errorf("guest kernel: %w", err)
+	}
+	if p.initrd, err = p.templates.Initramfs(ctx, k, guest); err != nil {
 		return p, fmt.Errorf("initramfs: %w", err)
 	}
 	recipe := template.BaseRecipe()
@@ -86,7 +89,7 @@ func guestBinary() (string, error) {
 func openVMM(ctx context.Context, o upOptions, p prepared, log *slog.Logger) (*qemu.Driver, error) {
 	cfg := qemu.Config{Accelerator: o.accel, Reason: "asked for with --accel", Log: log}
 	if o.accel == "auto" {
-		found, err := qemu.Probe(ctx, qemu.ProbeConfig{Kernel: p.kernel.Image, CacheFile: o.inst.probePath(), Deadline: probeLimit})
+		found, err := qemu.Probe(ctx, qemu.ProbeConfig{Kernel: p.kernel, CacheFile: o.inst.probePath(), Deadline: probeLimit})
 		if err != nil {
 			return nil, fmt.Errorf("probe KVM: %w", err)
 		}
@@ -109,7 +112,7 @@ func openHost(ctx context.Context, o upOptions, p prepared, log *slog.Logger, u 
 	agent, err := host.Open(ctx, host.Config{
 		Dir: o.inst.hostDir(), RunDir: o.inst.runDir(), Instance: o.inst.name, Version: version,
 		VMM: p.vmm, Disks: disks, Networks: host.Slots{Network: networks}, Templates: p.templates,
-		Kernel: p.kernel.Image, Initrd: p.initrd, UIDBase: o.inst.uidBase(), MaxMemMiB: o.maxMem, Log: log,
+		Kernel: p.kernel, Initrd: p.initrd, UIDBase: o.inst.uidBase(), MaxMemMiB: o.maxMem, Log: log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open host agent: %w", err)

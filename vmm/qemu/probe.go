@@ -117,6 +117,7 @@ func (d *Driver) decide(ctx context.Context, config ProbeConfig, b basis) (accel
 		return "", "", err
 	}
 	if trouble != "" {
+		trouble, _, _ = strings.Cut(trouble, "; ") // QEMU's first line says it, what follows is how it fell
 		return TCG, "/dev/kvm exists, but the guest kernel did not boot under it: " + trouble, nil
 	}
 	took := time.Since(started).Round(10 * time.Millisecond)
