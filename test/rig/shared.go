@@ -90,7 +90,7 @@ func (p *processLife) Cleanup(f func())          { p.cleanups = append(p.cleanup
 func (p *processLife) Logf(f string, a ...any)   { fmt.Fprintf(os.Stderr, f+"\n", a...) }
 func (p *processLife) Error(a ...any)            { p.failed = true; p.Logf("%s", fmt.Sprint(a...)) }
 func (p *processLife) Errorf(f string, a ...any) { p.failed = true; p.Logf(f, a...) }
-func (p *processLife) Fatal(a ...any) { p.failed = true; panic(processFailure(fmt.Sprint(a...))) }
+func (p *processLife) Fatal(a ...any)            { p.failed = true; panic(processFailure(fmt.Sprint(a...))) }
 
 func (p *processLife) Fatalf(f string, a ...any) {
 	p.failed = true
