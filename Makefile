@@ -108,7 +108,7 @@ check-all: check ## check, then what takes longer: the race detector, crash swee
 	@if command -v gcc >/dev/null; then \
 	  CGO_ENABLED=1 $(STAGE) --show "unit tests, race detector" -- $(GO) test -race -timeout 20m $(UNIT_PKGS); \
 	else echo "skip race detector: it needs gcc (apt-get install gcc libc6-dev)"; fi
-	@for d in chaos soak; do if ls test/$$d/*_test.go >/dev/null 2>&1; then \
+	@for d in e2e chaos; do if ls test/$$d/*_test.go >/dev/null 2>&1; then \
 	  DORMOUSE_LONG=1 REQUIRE=root,$(REQUIRE_TOOLS) $(STAGE) --show "$$d" -- $(SYSTEM) -timeout 60m ./test/$$d/...; fi; done
 
 bench: build ## measure, and write docs/benchmarks.md

@@ -63,18 +63,12 @@ func (a *Agent) assemble(ctx context.Context, p plan, watch *stopwatch) (left *m
 	u.Push("disk", m.removeDisk)
 	watch.lap("disk")
 
-	if err := m.startVM(ctx, p); err != nil {
-		return nil, nil, fmt.Errorf("start vm: %w", err)
-	}
 	u.Push("vm", m.removeVM)
-	watch.lap("vm")
-
 	g := a.newGuest(m.network, p.entry.Token)
 	u.PushClose("guest connections", g.close)
-	if err := m.awaitGuest(ctx, g); err != nil {
+	if err := m.bootVM(ctx, p, g, watch); err != nil {
 		return nil, nil, err
 	}
-	watch.lap("boot")
 	if err := m.introduce(ctx, g, p); err != nil {
 		return nil, nil, fmt.Errorf("introduce guest: %w", err)
 	}
@@ -141,6 +135,45 @@ func (m *machine) createDisk(ctx context.Context, p plan) error {
 	return nil
 }
 
+// maxBoots is how often a boot is tried that fails for a reason which another
+// one need not have.
+const maxBoots = 3
+
+// bootVM starts the VM and waits for its guest.
+func (m *machine) bootVM(ctx context.Context, p plan, g *guest, watch *stopwatch) error {
+	for try := 1; ; try++ {
+		if err := m.startVM(ctx, p); err != nil {
+			return fmt.Errorf("start vm: %w", err)
+		}
+		watch.lap("vm")
+		err := m.awaitGuest(ctx, g)
+		watch.lap("boot")
+		if err == nil || try == maxBoots || !m.mayRetry() {
+			return err
+		}
+		m.a.log.Warn("boot is tried again", "sandbox", m.id, "try", try, "err", m.vm.Exit().Detail)
+		if err := m.forgetVM(ctx); err != nil {
+			return fmt.Errorf("clear up for another boot: %w", err)
+		}
+	}
+}
+
+func (m *machine) mayRetry() bool {
+	select {
+	case <-m.vm.Done():
+		return m.vm.Exit().Retry
+	default:
+		return false
+	}
+}
+
+// forgetVM clears up after a VM that ended while it booted.
+func (m *machine) forgetVM(ctx context.Context) error {
+	vm := m.vm
+	m.vm = nil
+	return errors.Join(vm.Kill(ctx), vm.Release(), os.RemoveAll(m.a.runDir(m.id)), os.Mkdir(m.a.runDir(m.id), 0o711))
+}
+
 func (m *machine) startVM(ctx context.Context, p plan) error {
 	if err := fault.Point(ctx, "host/create/vm"); err != nil {
 		return err
@@ -152,7 +185,7 @@ func (m *machine) startVM(ctx context.Context, p plan) error {
 	defer func() { _ = tap.Close() }() // the VMM has its own
 	vm, err := m.a.cfg.VMM.Start(ctx, vmm.Spec{
 		ID: m.id, VCPUs: p.entry.Spec.VCPUs, MemMiB: p.entry.Spec.MemMiB,
-		Kernel: m.a.cfg.Kernel, Initrd: m.a.cfg.Initrd, Cmdline: m.boot(p).Cmdline(),
+		Kernel: m.a.cfg.Kernel, Initrd: m.a.cfg.Initrd, Cmdline: m.bootConfig(p).Cmdline(),
 		DiskPath: m.disk.Path(), DiskFormat: m.disk.Format(),
 		Tap: tap, MAC: m.network.MAC(), NetNS: m.network.NetNS(),
 		Dir: m.a.runDir(m.id), UID: m.uid(), GID: m.uid(),
@@ -164,7 +197,7 @@ func (m *machine) startVM(ctx context.Context, p plan) error {
 	return nil
 }
 
-func (m *machine) boot(p plan) guestapi.Boot {
+func (m *machine) bootConfig(p plan) guestapi.Boot {
 	return guestapi.Boot{
 		RootDevice: "/dev/vda", Address: m.network.Guest(), Gateway: m.network.Gateway(),
 		HostKey: m.a.key.Public().(ed25519.PublicKey), Hostname: p.entry.Hostname,

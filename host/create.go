@@ -58,8 +58,9 @@ func (a *Agent) plan(req CreateRequest) (plan, error) {
 	if err := spec.Check(); err != nil {
 		return plan{}, err
 	}
-	if spec.MemMiB > a.cfg.MaxMemMiB {
-		return plan{}, sandbox.Errorf(sandbox.KindInvalid, "mem_mib is %d, this host has %d MiB for sandboxes", spec.MemMiB, a.cfg.MaxMemMiB)
+	if a.costMiB(spec) > a.cfg.MaxMemMiB {
+		return plan{}, sandbox.Errorf(sandbox.KindInvalid, "mem_mib is %d, which takes up to %d MiB here; this host has %d MiB for sandboxes",
+			spec.MemMiB, a.costMiB(spec), a.cfg.MaxMemMiB)
 	}
 	now := a.cfg.Now()
 	if err := sandbox.CheckTimeout(req.Deadline.Sub(now).Round(time.Second)); err != nil {
@@ -102,9 +103,10 @@ func (a *Agent) reserve(e entry) (_ *box, created bool, _ error) {
 	if live >= a.cfg.MaxSandboxes {
 		return nil, false, sandbox.Errorf(sandbox.KindBusy, "the host runs %d sandboxes, its limit is %d", live, a.cfg.MaxSandboxes)
 	}
-	if mem+e.Spec.MemMiB > a.cfg.MaxMemMiB {
+	if mem+a.costMiB(e.Spec) > a.cfg.MaxMemMiB {
 		return nil, false, sandbox.Errorf(sandbox.KindBusy,
-			"mem_mib is %d, but %d of this host's %d MiB are promised to other sandboxes", e.Spec.MemMiB, mem, a.cfg.MaxMemMiB)
+			"mem_mib is %d, which takes up to %d MiB here, but %d of this host's %d MiB are promised to other sandboxes",
+			e.Spec.MemMiB, a.costMiB(e.Spec), mem, a.cfg.MaxMemMiB)
 	}
 	b := newBox(e)
 	b.op.Lock()
@@ -112,15 +114,21 @@ func (a *Agent) reserve(e entry) (_ *box, created bool, _ error) {
 	return b, true, nil
 }
 
-// load counts sandboxes that have not ended, and their memory; the caller holds mu.
+// load counts sandboxes that have not ended, and what memory they may come to
+// take, VMMs included; the caller holds mu.
 func (a *Agent) load() (live, memMiB int) {
 	for _, b := range a.boxes {
 		if e := b.now(); e.State != stateEnded {
 			live++
-			memMiB += e.Spec.MemMiB
+			memMiB += a.costMiB(e.Spec)
 		}
 	}
 	return live, memMiB
+}
+
+// costMiB is what a sandbox may come to take of the host's memory.
+func (a *Agent) costMiB(spec sandbox.Spec) int {
+	return spec.MemMiB + a.cfg.VMM.Capabilities().OverheadMiB
 }
 
 // existing answers a repeated create.

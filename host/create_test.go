@@ -3,6 +3,7 @@ package host_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"sync"
@@ -146,7 +147,7 @@ func TestCreateRefuses(t *testing.T) {
 		{"an unknown template", func(q *host.CreateRequest) { q.Spec.Template = "nope" }, `no template "nope"`},
 		{"no vCPU", func(q *host.CreateRequest) { q.Spec.VCPUs = 0 }, "vcpus is 0, must be from 1 to 32"},
 		{"a thousand vCPUs", func(q *host.CreateRequest) { q.Spec.VCPUs = 1000 }, "vcpus is 1000, must be from 1 to 32"},
-		{"more memory than the host has", func(q *host.CreateRequest) { q.Spec.MemMiB = 5000 }, "mem_mib is 5000, this host has 4096 MiB"},
+		{"more memory than the host has", func(q *host.CreateRequest) { q.Spec.MemMiB = 5000 }, "mem_mib is 5000, which takes up to 5000 MiB here; this host has 4096 MiB"},
 		{"a deadline in the past", func(q *host.CreateRequest) { q.Deadline = time.Now().Add(-time.Hour) }, "deadline: timeout is -1h"},
 		{"a host name that climbs", func(q *host.CreateRequest) { q.Hostname = "a/b" }, `host name "a/b" must match`},
 		{"a variable with a space", func(q *host.CreateRequest) { q.Spec.Env = map[string]string{"A B": "x"} }, `env name "A B" must match`},
@@ -222,5 +223,45 @@ func TestDestroyDuringCreate(t *testing.T) {
 	}
 	if left := r.leftovers(); len(left) > 0 {
 		t.Errorf("left on the host: %v", left)
+	}
+}
+
+// TestBootIsTriedAgain: a boot that failed for want of luck is repeated, not
+// for ever, and nothing of the tries is left.
+func TestBootIsTriedAgain(t *testing.T) {
+	for _, tt := range []struct {
+		bad, starts int
+		state       string
+		cause       sandbox.Cause
+	}{
+		{2, 3, "running", ""},
+		{9, 3, "ended", sandbox.CauseVMMCrash},
+	} {
+		t.Run(fmt.Sprint(tt.bad, " bad boots"), func(t *testing.T) {
+			r := newRig(t)
+			bad := tt.bad
+			r.onBoot = func(id sandbox.ID) {
+				if bad--; bad >= 0 {
+					if err := r.vms.FailBoot(id); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+			r.open()
+			req := r.request()
+			_, err := r.agent.Create(t.Context(), req)
+			if (err == nil) != (tt.state == "running") {
+				t.Errorf("create: %v", err)
+			}
+			if s := r.status(req.ID); s.State != tt.state || s.Cause != tt.cause {
+				t.Errorf("it is %s (%s), want %s (%s)", s.State, s.Cause, tt.state, tt.cause)
+			}
+			if n := r.vms.Starts(); n != tt.starts {
+				t.Errorf("%d starts, want %d", n, tt.starts)
+			}
+			if left := r.leftovers(); tt.state == "ended" && len(left) > 0 {
+				t.Errorf("left on the host: %v", left)
+			}
+		})
 	}
 }

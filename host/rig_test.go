@@ -33,9 +33,11 @@ type rig struct {
 	agent    *host.Agent
 	agentCfg func(*host.Config)
 
-	mu    sync.Mutex
-	mute  bool // guests that boot do not answer
-	inits int
+	mu   sync.Mutex
+	mute bool // guests that boot do not answer
+	// onBoot is called by each guest before it answers.
+	onBoot func(sandbox.ID)
+	inits  int
 }
 
 func newRig(t *testing.T) *rig {
@@ -90,7 +92,10 @@ func (r *rig) guest(ctx context.Context, m vmmfake.Inside) error {
 	r.mu.Lock()
 	mute := r.mute
 	r.mu.Unlock()
-	if mute {
+	if r.onBoot != nil {
+		r.onBoot(m.Spec.ID)
+	}
+	if mute || ctx.Err() != nil {
 		<-ctx.Done()
 		return nil
 	}

@@ -59,6 +59,9 @@ type Exit struct {
 	Cause  sandbox.Cause // CauseGuestExit, CauseOOMGuest or CauseVMMCrash; CauseUser after Kill
 	Detail string        // a sentence: "qemu: killed by signal SIGKILL"
 	At     time.Time
+	// Retry says that the boot failed for a reason which another start of the
+	// same VM need not have.
+	Retry bool
 }
 
 // Machine is one running VM. Its methods may be called from any goroutine.
@@ -85,6 +88,9 @@ type Capabilities struct {
 	Version     string
 	Accelerator string // "kvm" or "tcg"
 	Reason      string // why this accelerator, in a sentence
+	// OverheadMiB is what one VM costs the host at the most besides its guest's
+	// memory.
+	OverheadMiB int
 }
 
 // Driver makes machines.

@@ -135,39 +135,6 @@ func readCreate(w http.ResponseWriter, r *http.Request) (api.CreateSandbox, erro
 	return req, nil
 }
 
-// createBody tells a figure of zero from one that is absent: absent gets the
-// default, zero is out of bounds. Its fields stand before those of the same name
-// in the embedded type.
-type createBody struct {
-	api.CreateSandbox
-	VCPUs   *int `json:"vcpus"`
-	MemMiB  *int `json:"mem_mib"`
-	DiskMiB *int `json:"disk_mib"`
-}
-
-func (b createBody) request() (api.CreateSandbox, error) {
-	req := b.CreateSandbox
-	for _, f := range []struct {
-		what        string
-		given       *int
-		to          *int
-		least, most int
-	}{
-		{"vcpus", b.VCPUs, &req.VCPUs, sandbox.MinVCPUs, sandbox.MaxVCPUs},
-		{"mem_mib", b.MemMiB, &req.MemMiB, sandbox.MinMemMiB, sandbox.MaxMemMiB},
-		{"disk_mib", b.DiskMiB, &req.DiskMiB, sandbox.MinDiskMiB, sandbox.MaxDiskMiB},
-	} {
-		if f.given == nil {
-			continue
-		}
-		if *f.given == 0 {
-			return req, sandbox.Errorf(sandbox.KindInvalid, "%s is 0, must be from %d to %d", f.what, f.least, f.most)
-		}
-		*f.to = *f.given
-	}
-	return req, nil
-}
-
 // wanted checks a request and makes the row of it.
 func (s *Server) wanted(req api.CreateSandbox) (store.Sandbox, time.Duration, error) {
 	spec := sandbox.Spec{

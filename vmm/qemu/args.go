@@ -77,7 +77,22 @@ func (d *Driver) accelArgs() []string {
 	if d.config.Accelerator == KVM {
 		return []string{"-accel", "kvm", "-cpu", "host"}
 	}
-	return []string{"-accel", "tcg,thread=multi", "-cpu", "max,la57=off,erms=off,fsrm=off"}
+	return []string{"-accel", fmt.Sprintf("tcg,thread=multi,tb-size=%d", codeCacheMiB), "-cpu", "max,la57=off,erms=off,fsrm=off"}
+}
+
+// codeCacheMiB is how much translated code QEMU keeps per VM under emulation. Its
+// own default is 1 GiB, which a busy guest fills: more than most guests have
+// memory.
+const codeCacheMiB = 128
+
+// overheadMiB is what a VM costs the host besides its guest's memory, in MiB: QEMU
+// itself, and the cache of translated code.
+func (d *Driver) overheadMiB() int {
+	const process = 64
+	if d.config.Accelerator == TCG {
+		return process + codeCacheMiB
+	}
+	return process
 }
 
 // selfFD names an inherited file by path. Opening it asks for permission on the

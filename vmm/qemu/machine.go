@@ -1,6 +1,7 @@
 package qemu
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,6 +21,8 @@ const (
 	lastEvents  = 2 * time.Second // how long the last events of a dead QEMU are waited for
 	scanConsole = 64 << 10        // how much of the console's end is searched for a panic, in bytes
 	stateLimit  = 5 * time.Second // for one question to a live QEMU
+	timerWatch  = 30 * time.Second
+	noTimer     = "APIC frequency too slow, disabling apic timer"
 )
 
 // machine is a handle on one QEMU process. Two goroutines belong to it: watch,
@@ -34,6 +37,8 @@ type machine struct {
 	console *logFile
 	log     *logFile
 
+	startedAt time.Time // by this process; zero for an adopted VM
+
 	stopped chan struct{}      // a token for each time QEMU stopped the VM by itself
 	stop    context.CancelFunc // ends the goroutines
 	running sync.WaitGroup
@@ -43,6 +48,7 @@ type machine struct {
 	mu       sync.Mutex // guards what follows
 	killed   bool
 	fault    string
+	retry    bool // fault is one that another start need not have
 	shutdown string
 	released bool
 }
@@ -122,10 +128,11 @@ func (m *machine) watch(ctx context.Context) {
 	}
 	m.mu.Lock()
 	e := evidence{killed: m.killed, fault: m.fault, status: status, shutdown: m.shutdown}
+	retry := m.retry && !m.killed
 	m.mu.Unlock()
 	e.console, e.log = m.console.tail(scanConsole), m.log.tail(4<<10)
 	cause, detail := judge(e)
-	m.exit = vmm.Exit{Cause: cause, Detail: detail, At: time.Now()}
+	m.exit = vmm.Exit{Cause: cause, Detail: detail, At: time.Now(), Retry: retry}
 	m.driver.config.Log.Info("vm ended", "sandbox", m.record.ID, "pid", m.record.PID, "cause", cause, "detail", detail)
 	close(m.done)
 	m.stop() // there is nothing left to care for
@@ -143,6 +150,7 @@ func (m *machine) care(ctx context.Context) {
 		case <-m.stopped:
 			m.checkStopped(ctx)
 		case <-tick.C:
+			m.checkTimer()
 			err := errors.Join(m.console.trim(), m.log.trim())
 			if err != nil && !complained {
 				m.driver.config.Log.Warn("cannot bound a log", "sandbox", m.record.ID, "err", err)
@@ -150,6 +158,25 @@ func (m *machine) care(ctx context.Context) {
 			}
 		}
 	}
+}
+
+// checkTimer ends a guest that booted without a timer: it would hang. Under
+// emulation the kernel measures its local APIC's timer against the counter for a
+// tenth of a second; when the host is so busy that the virtual CPU does not run
+// for as long, the measurement is void, and the kernel says so and goes on
+// without. Only a young VM is looked at: later the words would be somebody's.
+func (m *machine) checkTimer() {
+	if m.driver.config.Accelerator != TCG || m.startedAt.IsZero() || time.Since(m.startedAt) > timerWatch {
+		return
+	}
+	head, _, err := m.console.read(0, scanConsole)
+	if err != nil || !bytes.Contains(head, []byte(noTimer)) {
+		return
+	}
+	m.mu.Lock()
+	m.fault, m.retry = "the host was too busy for the guest to measure its timer", true
+	m.mu.Unlock()
+	_ = m.pid.Signal(syscall.SIGKILL) // fails only when it is gone already
 }
 
 // checkStopped ends a VM whose virtual CPUs cannot go on: QEMU would keep the

@@ -250,3 +250,20 @@ func TestTheGuestsClockIsTrue(t *testing.T) {
 		t.Errorf("three guest seconds took %.2f real ones", took)
 	}
 }
+
+// TestAGuestWithoutTimerIsEnded: it would hang, and another start need not.
+func TestAGuestWithoutTimerIsEnded(t *testing.T) {
+	m, err := driver(t).Start(t.Context(), spec(t, "notimer", nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = m.Release() }() // it has ended
+	select {
+	case <-m.Done():
+	case <-time.After(time.Minute):
+		t.Fatal("it still runs")
+	}
+	if exit := m.Exit(); !exit.Retry || exit.Cause != sandbox.CauseVMMCrash || !strings.Contains(exit.Detail, "too busy") {
+		t.Errorf("exit: %+v", exit)
+	}
+}

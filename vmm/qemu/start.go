@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -45,6 +46,7 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (_ vmm.Machine, err e
 	if err := m.launch(spec, &u); err != nil {
 		return nil, err
 	}
+	m.startedAt = time.Now()
 	if err := m.identify(); err != nil {
 		return nil, err
 	}

@@ -122,6 +122,11 @@ func (d *Driver) Crash(id sandbox.ID) error {
 	return d.endOne(id, vmm.Exit{Cause: sandbox.CauseVMMCrash, Detail: "fake: killed by signal SIGKILL"})
 }
 
+// FailBoot ends a machine as one does whose boot may be tried again.
+func (d *Driver) FailBoot(id sandbox.ID) error {
+	return d.endOne(id, vmm.Exit{Cause: sandbox.CauseVMMCrash, Detail: "fake: the boot went wrong", Retry: true})
+}
+
 // PowerOff ends a machine as its guest's power-off does.
 func (d *Driver) PowerOff(id sandbox.ID) error {
 	return d.endOne(id, vmm.Exit{Cause: sandbox.CauseGuestExit, Detail: "fake: the guest powered off"})

@@ -42,6 +42,8 @@ func act(do string) {
 		say("poweroff: %v", unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF))
 	case "reboot":
 		say("reboot: %v", unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART))
+	case "notimer": // what the kernel says when the host was too busy
+		say("[    0.9] APIC frequency too slow, disabling apic timer")
 	case "panic":
 		os.Exit(3) // the death of PID 1
 	case "oom":
