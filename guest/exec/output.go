@@ -10,11 +10,13 @@ import (
 )
 
 // A process that writes much in small pieces would cost a message for each. So
-// output that follows other output closely is left in the pipe for a moment,
-// where the process goes on filling it. The first piece after a pause is not.
+// output that follows other output closely is left in the pipe for as long as
+// the process goes on filling it, within bounds. The first piece after a pause
+// is not.
 const (
-	burstGap = 2 * time.Millisecond
-	burstNap = time.Millisecond
+	burstGap  = 2 * time.Millisecond
+	burstNap  = time.Millisecond
+	burstNaps = 10
 )
 
 // pump delivers what comes out of a pipe until it ends, or until the process
@@ -23,8 +25,8 @@ func (p *process) pump(f *os.File, deliver func([]byte)) {
 	var after linger
 	var delivered time.Time
 	for {
-		if time.Since(delivered) < burstGap && waiting(f) < maxChunk/2 && !p.ended() {
-			time.Sleep(burstNap)
+		if time.Since(delivered) < burstGap {
+			p.letFill(f)
 		}
 		chunk, err := readChunk(f)
 		if len(chunk) > 0 {
@@ -39,6 +41,18 @@ func (p *process) pump(f *os.File, deliver func([]byte)) {
 			go discard(f)
 			return
 		}
+	}
+}
+
+// letFill waits while a pipe fills, until it holds a good piece.
+func (p *process) letFill(f *os.File) {
+	for naps, before := 0, -1; naps < burstNaps && !p.ended(); naps++ {
+		now := waiting(f)
+		if now >= maxChunk/2 || now == before {
+			return
+		}
+		before = now
+		time.Sleep(burstNap)
 	}
 }
 
