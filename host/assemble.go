@@ -221,7 +221,7 @@ func (m *machine) awaitGuest(ctx context.Context, g *guest) error {
 		select {
 		case <-m.vm.Done():
 			exit := m.vm.Exit()
-			return withCause(exit.Cause, "boot guest: the VM ended: %s%s", exit.Detail, m.consoleTail())
+			return withCause(exit.Cause, "boot guest: the VM ended: %s%s", printable(exit.Detail), m.consoleTail())
 		case <-deadline.Done():
 			if ctx.Err() != nil {
 				return fmt.Errorf("boot guest: %w", context.Cause(ctx))

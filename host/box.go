@@ -135,8 +135,8 @@ func causeOf(b *box) (sandbox.Cause, string) {
 	return sandbox.CauseUser, ""
 }
 
-// printable makes text from a guest fit for a message: bounded, and without the
-// bytes that a terminal would obey.
+// printable makes text from a guest fit for a message: bounded, valid UTF-8, and
+// without the bytes that a terminal would obey.
 func printable(s string) string {
 	return clip(strings.Map(func(r rune) rune {
 		if r == '\n' || r == '\t' || unicode.IsPrint(r) {
@@ -146,11 +146,13 @@ func printable(s string) string {
 	}, s))
 }
 
-// clip bounds what is kept of a text.
+// clip bounds what is kept of a text. It never cuts a character in two: a
+// message with half of one in it cannot be encoded, and takes the whole list of
+// sandboxes with it.
 func clip(s string) string {
 	const most = 4000
 	if len(s) > most {
-		return s[:most] + "…"
+		return strings.ToValidUTF8(s[:most], "") + "…"
 	}
 	return s
 }

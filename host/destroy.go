@@ -32,8 +32,10 @@ func (a *Agent) Destroy(ctx context.Context, id string, cause sandbox.Cause) (St
 }
 
 // end takes a sandbox to its end, whatever it is doing: a create under way is
-// cancelled, calls into the guest get the cause. The first cause stays.
+// cancelled, calls into the guest get the cause. The first cause stays. The
+// detail may be a guest's word.
 func (a *Agent) end(ctx context.Context, b *box, cause sandbox.Cause, detail string) error {
+	detail = printable(detail)
 	b.die(errEnding(b.id, cause, detail))
 	b.op.Lock()
 	defer b.op.Unlock()
@@ -95,7 +97,8 @@ func (a *Agent) finish(ctx context.Context, b *box) error {
 // cannot be written the sandbox stays destroying in memory and is tried again.
 func (a *Agent) recordEnd(b *box, next state, cause sandbox.Cause, detail string) error {
 	e := b.now()
-	e.State, e.Cause, e.Detail, e.EndedAt = next, cause, clip(detail), a.cfg.Now()
+	detail = printable(detail)
+	e.State, e.Cause, e.Detail, e.EndedAt = next, cause, detail, a.cfg.Now()
 	e.Slot, e.Disk, e.VMM, e.Token, e.Spec.Env = -1, nil, nil, "", nil
 	err := a.journal.write("destroy-done", e)
 	if err != nil && next == stateEnded {

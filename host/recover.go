@@ -95,6 +95,7 @@ func (a *Agent) takeOver(ctx context.Context, b *box) {
 
 // lost marks a sandbox whose VM is gone; recover removes the rest.
 func (a *Agent) lost(b *box, cause sandbox.Cause, detail string) {
+	detail = printable(detail) // the end of the console may be in it
 	b.set(func(e *entry) { e.State, e.Cause, e.Detail = stateDestroying, cause, detail })
 	b.die(errEnding(b.id, cause, detail))
 }
