@@ -22,16 +22,26 @@ type Local struct {
 	done   chan struct{}
 }
 
-// localWindow is how much one stream may have on its way. Output of a command
-// passes through here: the default of 64 KiB would cost a round trip each.
-const localWindow = 4 << 20
+// localWindow is how much one stream may have on its way, in bytes. Output of a
+// command passes through here: the default of 64 KiB would cost a round trip
+// each.
+//
+// A connection's window is what all its streams have on their way together, and
+// whoever does not read keeps his part of it: as many streams as would use it up
+// would stop every other call, a destroy too. So a connection takes fewer streams
+// than that, and for more of them there is another connection.
+const (
+	localWindow     = 1 << 20
+	localConnWindow = 1 << 30
+	localStreams    = localConnWindow/localWindow - 100
+)
 
 // NewLocal starts serving.
 func NewLocal(handler http.Handler) *Local {
 	var h2c http.Protocols
 	h2c.SetUnencryptedHTTP2(true)
 	tuning := &http.HTTP2Config{
-		MaxConcurrentStreams: 100_000, MaxReceiveBufferPerStream: localWindow, MaxReceiveBufferPerConnection: 64 << 20,
+		MaxConcurrentStreams: localStreams, MaxReceiveBufferPerStream: localWindow, MaxReceiveBufferPerConnection: localConnWindow,
 	}
 	l := &Local{pipe: newPairListener(), done: make(chan struct{})}
 	l.server = &http.Server{Handler: handler, Protocols: &h2c, HTTP2: tuning, ReadHeaderTimeout: 10 * time.Second}
