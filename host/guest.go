@@ -43,17 +43,30 @@ type guest struct {
 // in the agent's place: whatever comes from there is hostile until it is bounded.
 const maxGuestMessage = 16 << 20
 
-// dialLimit bounds one connection attempt to a guest that has answered before.
-const dialLimit = 10 * time.Second
+// dialLimit bounds one connection attempt to a guest that has answered before,
+// and dialsAtOnce how many there are to one guest: each keeps a thread in its
+// network namespace, a guest that answers no SYN keeps all of them for as long
+// as it can, and the Go runtime ends a process with 10,000 threads.
+const (
+	dialLimit   = 10 * time.Second
+	dialsAtOnce = 8
+)
 
 func (a *Agent) newGuest(network Network, token string) *guest {
 	address := net.JoinHostPort(network.Guest().Addr().String(), strconv.Itoa(guestapi.Port))
 	g := &guest{base: "http://" + address, token: token}
 	g.patience.Store(int64(dialLimit))
+	dials := make(chan struct{}, dialsAtOnce)
 	g.transport = &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			ctx, cancel := context.WithTimeout(ctx, time.Duration(g.patience.Load()))
 			defer cancel()
+			select {
+			case dials <- struct{}{}:
+				defer func() { <-dials }()
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
 			return network.Dial(ctx, "tcp", address)
 		},
 		MaxIdleConnsPerHost:    16,
@@ -67,7 +80,7 @@ func (a *Agent) newGuest(network Network, token string) *guest {
 		connect.WithAcceptCompression("gzip", nil, nil), // the way is short, and the guest would pay for it
 	)
 	g.processes = processconnect.NewProcessClient(g.http, g.base, options)
-	g.files = filesystemconnect.NewFilesystemClient(g.http, g.base, options)
+	g.files = filesystemconnect.NewFilesystemClient(g.http, g.base, options, connect.WithCodec(fileCodec{}))
 	return g
 }
 

@@ -3,18 +3,25 @@ package host_test
 import (
 	"context"
 	"errors"
+	"net"
+	"net/http"
+	"runtime"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unicode/utf8"
 
+	"connectrpc.com/connect"
+
+	"github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/filesystem/filesystemconnect"
+	"github.com/dormouse-sandbox/dormouse/host"
 	"github.com/dormouse-sandbox/dormouse/host/hostapi"
 	hostv1 "github.com/dormouse-sandbox/dormouse/host/hostapi/gen/dormouse/host/v1"
 	"github.com/dormouse-sandbox/dormouse/host/server"
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/vmm/vmmfake"
-
-	"connectrpc.com/connect"
 )
 
 // TestLastWordsOfAGuest: a guest chooses the text of the kernel panic that it
@@ -56,5 +63,93 @@ func TestLastWordsOfAGuest(t *testing.T) {
 				t.Fatalf("list: %v, %v", list, err)
 			}
 		})
+	}
+}
+
+// hostile is a guest whose root has put a server of his own in the agent's place.
+func hostile(r *rig, handler http.Handler) {
+	r.vms.Driver = vmmfake.New(func(ctx context.Context, m vmmfake.Inside) error {
+		r.networks.reach(m.Spec.NetNS, m.Listener.Addr().String())
+		return vmmfake.Serve(handler)(ctx, m)
+	})
+}
+
+// TestListThatExplodes: 16 MiB of entries of two bytes each are gigabytes once
+// they are decoded, on the host and in control.
+func TestListThatExplodes(t *testing.T) {
+	entries := []byte(strings.Repeat("\x0a\x00", 4<<20))
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST "+filesystemconnect.FilesystemListDirProcedure, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/proto")
+		_, _ = w.Write(entries)
+	})
+	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	r := newRig(t)
+	hostile(r, mux)
+	agent := r.open()
+	id := r.mustCreate()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	list, err := agent.ListDir(t.Context(), host.FileRef{ID: string(id), Path: "/"}, 1)
+	runtime.ReadMemStats(&after)
+	if err == nil || len(list) > 0 || !strings.Contains(err.Error(), "50000") {
+		t.Errorf("a list of %d entries, %v", len(list), err)
+	}
+	if used := after.TotalAlloc - before.TotalAlloc; used > 64<<20 {
+		t.Errorf("the answer of %d MiB took %d MiB to refuse", len(entries)>>20, used>>20)
+	}
+}
+
+// deaf are networks of guests that answer no SYN.
+type deaf struct {
+	*networks
+	now, most atomic.Int64
+	silent    atomic.Bool
+}
+
+type deafNetwork struct {
+	host.Network
+	all *deaf
+}
+
+func (d *deaf) Acquire(ctx context.Context) (host.Network, error) {
+	n, err := d.networks.Acquire(ctx)
+	return deafNetwork{n, d}, err
+}
+
+func (n deafNetwork) Dial(ctx context.Context, network, address string) (net.Conn, error) {
+	if !n.all.silent.Load() {
+		return n.Network.Dial(ctx, network, address)
+	}
+	at := n.all.now.Add(1)
+	defer n.all.now.Add(-1)
+	for most := n.all.most.Load(); at > most && !n.all.most.CompareAndSwap(most, at); most = n.all.most.Load() {
+	}
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// TestGuestThatAnswersNoSYN: each attempt to connect keeps a thread of the host,
+// so there are only so many to one guest.
+func TestGuestThatAnswersNoSYN(t *testing.T) {
+	r := newRig(t)
+	d := &deaf{networks: r.networks}
+	r.agentCfg = func(c *host.Config) { c.Networks = d }
+	agent := r.open()
+	id := string(r.mustCreate())
+	d.silent.Store(true)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	var wg sync.WaitGroup
+	for range 200 {
+		wg.Go(func() {
+			if _, err := agent.Stat(ctx, host.FileRef{ID: id, Path: "/"}); err == nil {
+				t.Error("a guest that is deaf has answered")
+			}
+		})
+	}
+	wg.Wait()
+	if most := d.most.Load(); most > 8 {
+		t.Errorf("%d attempts to connect at the same time", most)
 	}
 }
