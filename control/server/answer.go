@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net/http"
+	"time"
 
 	"github.com/dormouse-sandbox/dormouse/api"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
@@ -65,9 +66,20 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 	if err != nil {
 		panic(err) // our own types can always be encoded
 	}
+	writeText(w, status, append(b, '\n'))
+}
+
+// restLimit is how long a client may take to send what nobody reads.
+const restLimit = 2 * time.Second
+
+// writeText answers with JSON. Before the first byte net/http reads what is left
+// of the request's body, without a limit of its own: a client that announces one
+// and does not send it would keep the connection for ever, and it needs no key.
+func writeText(w http.ResponseWriter, status int, text []byte) {
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(restLimit)) // tests' recorders have no connection
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_, _ = w.Write(append(b, '\n')) // a client that went away is nobody's error
+	_, _ = w.Write(text) // a client that went away is nobody's error
 }
 
 func ok(w http.ResponseWriter, v any) error {

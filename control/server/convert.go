@@ -53,11 +53,19 @@ func fileOut(e *hostv1.FileEntry) api.File {
 	}
 }
 
+// timeOut brings a time that a guest chose into the years that JSON's times have.
 func timeOut(t *timestamppb.Timestamp) time.Time {
 	if t == nil {
 		return time.Time{}
 	}
-	return t.AsTime()
+	switch at := t.AsTime(); {
+	case at.Year() > 9999:
+		return time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
+	case at.Year() < 0:
+		return time.Date(0, 1, 1, 0, 0, 0, 0, time.UTC)
+	default:
+		return at
+	}
 }
 
 func keyOut(k store.Key, secret string) api.Key {

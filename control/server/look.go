@@ -166,8 +166,6 @@ func (s *Server) health(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (s *Server) openAPI(w http.ResponseWriter, _ *http.Request) error {
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(http.StatusOK)
-	_, _ = w.Write(api.OpenAPI()) // a client that went away is nobody's error
+	writeText(w, http.StatusOK, api.OpenAPI())
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"path"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -23,7 +24,7 @@ func (s *Server) observe(mux *http.ServeMux, unmatched http.Handler) http.Handle
 		start := s.cfg.Now()
 		next := http.Handler(mux)
 		_, pattern := mux.Handler(r)
-		if pattern == "" {
+		if p := r.URL.EscapedPath(); pattern == "" || path.Clean(p) != p { // the mux would redirect, by itself
 			next, pattern = unmatched, "unmatched"
 		}
 		rec := &recorder{ResponseWriter: w}

@@ -20,6 +20,9 @@ import (
 )
 
 const (
+	// strangerMessage bounds a message from a client that has not said who it is:
+	// a key, and some JSON around it.
+	strangerMessage = 4 << 10
 	// firstLimit is how long a client may take to say who it is and what to run.
 	firstLimit = 10 * time.Second
 	// lingerLimit is how long a client may take to read what is left in the
@@ -88,7 +91,10 @@ func (s *Server) execStream(w http.ResponseWriter, r *http.Request) error {
 		return nil // Accept has answered
 	}
 	defer func() { _ = conn.CloseNow() }() // after a Close it does nothing
-	conn.SetReadLimit(api.MaxStreamMessage + 1)
+	conn.SetReadLimit(strangerMessage)
+	if given {
+		conn.SetReadLimit(api.MaxStreamMessage + 1)
+	}
 	s.meters.streams.Inc()
 	defer s.meters.streams.Dec()
 
@@ -187,6 +193,7 @@ func (st *stream) first(authenticated bool) (api.StreamMessage, error) {
 				return msg, err
 			}
 			authenticated = true
+			st.conn.SetReadLimit(api.MaxStreamMessage + 1)
 		case !authenticated:
 			_, err := st.s.cfg.Keys.Check(ctx, "")
 			return msg, err
