@@ -47,7 +47,7 @@ func (s *Store) lock(ctx context.Context, key string, onWait func()) (*os.File, 
 
 // tryLock returns nil and no error when somebody else holds the lock.
 func tryLock(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}

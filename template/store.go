@@ -106,10 +106,24 @@ func Open(cfg Config) (*Store, error) {
 	return s, nil
 }
 
-// makeCache is called before every use: the cache may vanish at any time.
+// makeCache is called before every use: the cache may vanish at any time. Who
+// can open a file for reading can also lock it: what locks hang on is closed to
+// other users, who could stop every build with one flock(1).
 func (s *Store) makeCache() error {
-	for _, dir := range []string{workDir, locksDir, cacheImages, cacheKernels} {
-		if err := osfs.MkdirAll("template-cache", filepath.Join(s.cfg.Cache, dir), 0o755); err != nil {
+	for _, d := range []struct {
+		name string
+		perm fs.FileMode
+	}{
+		{workDir, 0o711}, // apt's own user passes through
+		{locksDir, 0o700},
+		{cacheImages, 0o755},
+		{cacheKernels, 0o755},
+	} {
+		path := filepath.Join(s.cfg.Cache, d.name)
+		if err := osfs.MkdirAll("template-cache", path, d.perm); err != nil {
+			return err
+		}
+		if err := os.Chmod(path, d.perm); err != nil { // one made by an earlier version
 			return err
 		}
 	}
