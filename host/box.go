@@ -21,6 +21,7 @@ type box struct {
 	// It is taken before mu.
 	op      sync.Mutex
 	machine *machine // guarded by op; nil unless the host has something of it
+	network Network  // guarded by op; what a take-over has adopted that got no further
 
 	// alive ends with the sandbox; its cause is what callers are told.
 	alive context.Context

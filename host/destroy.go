@@ -39,6 +39,9 @@ func (a *Agent) end(ctx context.Context, b *box, cause sandbox.Cause, detail str
 	b.die(errEnding(b.id, cause, detail))
 	b.op.Lock()
 	defer b.op.Unlock()
+	if a.isClosed() { // the handles are given up, and the next agent may be at work
+		return errClosing
+	}
 	e := b.now()
 	if e.State == stateEnded {
 		return nil
@@ -76,12 +79,15 @@ func (a *Agent) finish(ctx context.Context, b *box) error {
 	b.shut()
 	m := b.machine
 	if m == nil {
-		m = a.remains(ctx, b.now())
+		var err error
+		if m, err = a.remains(ctx, b); err != nil {
+			return fmt.Errorf("destroy %s: %w", b.id, err)
+		}
 	}
 	if err := m.remove(ctx); err != nil {
 		return fmt.Errorf("destroy %s: %w", b.id, err)
 	}
-	b.machine = nil
+	b.machine, b.network = nil, nil
 	if err := fault.Point(ctx, "host/destroy/record"); err != nil {
 		return err
 	}
@@ -113,15 +119,24 @@ func (a *Agent) recordEnd(b *box, next state, cause sandbox.Cause, detail string
 }
 
 // remains finds what the host still has of a sandbox that this agent did not
-// make. What cannot be found is left to the sweeps.
-func (a *Agent) remains(ctx context.Context, e entry) *machine {
-	m := &machine{a: a, id: e.ID}
+// make; the caller holds op. Its VM is found or gone afterwards. What else cannot
+// be found is left to the sweeps.
+func (a *Agent) remains(ctx context.Context, b *box) (*machine, error) {
+	e := b.now()
+	m := &machine{a: a, id: e.ID, network: b.network}
 	if e.VMM != nil {
-		if vm, err := a.cfg.VMM.Adopt(ctx, *e.VMM); err == nil {
+		vm, err := a.cfg.VMM.Adopt(ctx, *e.VMM)
+		if err == nil {
 			m.vm = vm
+		} else if !sandbox.Is(err, sandbox.KindNotFound) {
+			// It runs and does not answer. The great sweep may be held back for
+			// long; this one is for it alone.
+			if err := a.cfg.VMM.Sweep(ctx, a.runDir(e.ID)); err != nil {
+				return nil, fmt.Errorf("end a VM that does not answer: %w", err)
+			}
 		}
 	}
-	if e.Slot >= 0 {
+	if e.Slot >= 0 && m.network == nil {
 		if network, err := a.cfg.Networks.Adopt(ctx, e.Slot); err == nil {
 			m.network = network
 		}
@@ -131,7 +146,7 @@ func (a *Agent) remains(ctx context.Context, e entry) *machine {
 			m.disk = d
 		}
 	}
-	return m
+	return m, nil
 }
 
 // Acknowledge lets the host forget ended sandboxes.
@@ -154,6 +169,11 @@ func (a *Agent) Acknowledge(ids []string) error {
 func (a *Agent) forget(b *box) error {
 	if e := b.now(); e.State != stateEnded {
 		return sandbox.Errorf(sandbox.KindConflict, "sandbox %s is %s, only ended ones can be acknowledged", b.id, e.State)
+	}
+	b.op.Lock()
+	defer b.op.Unlock()
+	if !a.has(b) || a.isClosed() { // somebody forgot it just now; its ID may be another sandbox's already
+		return nil
 	}
 	if err := a.journal.remove(b.id); err != nil {
 		return err
@@ -188,5 +208,5 @@ func (a *Agent) DestroyAll(ctx context.Context, cause sandbox.Cause) (ended int,
 		}
 		ended++
 	}
-	return ended, errors.Join(errs...)
+	return ended, errors.Join(append(errs, a.sweepAtLast(ctx, len(errs) > 0))...)
 }

@@ -10,6 +10,9 @@ func (a *Agent) Abandon() {
 	_ = a.lock.Close() // the process is "dead"
 }
 
+// Closed says that Close has begun.
+func (a *Agent) Closed() bool { return a.isClosed() }
+
 // DecodeEntry is for the fuzz target.
 func DecodeEntry(data []byte) error {
 	_, err := decodeEntry(data)

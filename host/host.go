@@ -90,6 +90,8 @@ type Agent struct {
 	lock    *os.File
 	boots   chan struct{} // a token each for VMs that boot at the same time
 
+	sweeping sync.Mutex // one sweep at a time; taken before mu
+
 	// ctx ends when the agent closes; VMs do not end with it.
 	ctx  context.Context
 	stop context.CancelFunc
@@ -98,7 +100,7 @@ type Agent struct {
 	mu      sync.Mutex // guards what is below; nothing is waited for under it
 	boxes   map[sandbox.ID]*box
 	closed  bool
-	unswept bool // a stranded sandbox holds back the sweep of networks and processes
+	unswept bool // the sweep is due: it failed, or a stranded sandbox holds it back
 }
 
 // Open takes over what an earlier agent left: running VMs are adopted, what was
@@ -136,7 +138,7 @@ func Open(ctx context.Context, cfg Config) (_ *Agent, err error) {
 		a.wg.Wait()
 		return nil, fmt.Errorf("recover: %w", err)
 	}
-	a.wg.Go(a.keepHouse)
+	a.keepHouse()
 	return a, nil
 }
 
@@ -211,6 +213,19 @@ func (a *Agent) Close() error {
 	}
 	a.wg.Wait()
 	return errors.Join(append(errs, a.lock.Close())...)
+}
+
+func (a *Agent) isClosed() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.closed
+}
+
+// has says whether the agent still knows this very sandbox.
+func (a *Agent) has(b *box) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.boxes[b.id] == b
 }
 
 // snapshot lists the sandboxes; the caller holds mu.

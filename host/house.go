@@ -1,8 +1,11 @@
 package host
 
 import (
+	"context"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/dormouse-sandbox/dormouse/sandbox"
@@ -11,49 +14,63 @@ import (
 const (
 	houseTick      = 250 * time.Millisecond // how late a deadline may fire
 	consoleKept    = 24 * time.Hour         // console logs of ended sandboxes
+	consolesKept   = 1000                   // how many of them, of 256 KiB at most
 	maxUnacked     = 30 * 24 * time.Hour    // an end that nobody acknowledged is forgotten
-	consoleSweepIn = 10 * time.Minute
+	consoleSweepIn = time.Minute
 )
 
-// keepHouse fires deadlines, and goes on with what failed before. It compares
-// wall-clock times each tick: a machine that slept is late for nothing.
+// keepHouse fires deadlines, and goes on with what failed before. Each job has a
+// goroutine of its own: a removal that hangs makes no deadline late.
 func (a *Agent) keepHouse() {
-	tick := time.NewTicker(houseTick)
+	for _, job := range []struct {
+		every time.Duration
+		do    func(now time.Time)
+	}{{houseTick, a.fireDeadlines}, {a.cfg.RetryEvery, a.retry}, {consoleSweepIn, a.sweepConsoles}} {
+		a.wg.Go(func() { a.repeat(job.every, job.do) })
+	}
+}
+
+// repeat does something until the agent closes. It hands over wall-clock times:
+// a machine that slept is late for nothing.
+func (a *Agent) repeat(every time.Duration, do func(now time.Time)) {
+	tick := time.NewTicker(every)
 	defer tick.Stop()
-	var retried, consoles time.Time
-	for {
+	for a.ctx.Err() == nil {
+		do(a.cfg.Now())
 		select {
 		case <-a.ctx.Done():
-			return
 		case <-tick.C:
-		}
-		now := a.cfg.Now()
-		a.fireDeadlines(now)
-		if now.Sub(retried) >= a.cfg.RetryEvery {
-			retried = now
-			a.retry(now)
-		}
-		if now.Sub(consoles) >= consoleSweepIn {
-			consoles = now
-			a.sweepConsoles(now)
 		}
 	}
 }
 
 func (a *Agent) fireDeadlines(now time.Time) {
 	for _, b := range a.all() {
-		e := b.now()
-		if e.State != stateRunning || now.Before(e.Deadline) || b.alive.Err() != nil {
-			continue
+		if expired(b, now) && b.op.TryLock() { // somebody changes it just now: the next tick looks again
+			a.fireDeadline(b, now)
+			b.op.Unlock()
 		}
-		a.log.Info("deadline passed", "sandbox", b.id, "deadline", e.Deadline)
-		b.die(errEnding(b.id, sandbox.CauseTTL, ""))
-		a.wg.Go(func() {
-			if err := a.end(a.ctx, b, sandbox.CauseTTL, ""); err != nil {
-				a.log.Error("sandbox not removed yet", "sandbox", b.id, "err", err)
-			}
-		})
 	}
+}
+
+func expired(b *box, now time.Time) bool {
+	e := b.now()
+	return e.State == stateRunning && !now.Before(e.Deadline) && b.alive.Err() == nil
+}
+
+// fireDeadline begins the end of a sandbox; the caller holds op, so that nobody
+// moves the deadline that has passed.
+func (a *Agent) fireDeadline(b *box, now time.Time) {
+	if !expired(b, now) {
+		return
+	}
+	a.log.Info("deadline passed", "sandbox", b.id, "deadline", b.now().Deadline)
+	b.die(errEnding(b.id, sandbox.CauseTTL, ""))
+	a.wg.Go(func() {
+		if err := a.end(a.ctx, b, sandbox.CauseTTL, ""); err != nil {
+			a.log.Error("sandbox not removed yet", "sandbox", b.id, "err", err)
+		}
+	})
 }
 
 // retry goes on with sandboxes that could not be removed or adopted.
@@ -73,7 +90,9 @@ func (a *Agent) retry(now time.Time) {
 			}
 		}
 	}
-	a.sweepAtLast(stranded)
+	if err := a.sweepAtLast(a.ctx, stranded); err != nil {
+		a.log.Error("sweep, will try again", "err", err)
+	}
 }
 
 // goOnEnding tries again to remove a sandbox, unless somebody is at it.
@@ -91,8 +110,10 @@ func (a *Agent) goOnEnding(b *box, e entry) {
 	}
 }
 
-// sweepAtLast does the sweep that stranded sandboxes held back.
-func (a *Agent) sweepAtLast(stranded bool) {
+// sweepAtLast does a sweep that failed, or that stranded sandboxes held back.
+func (a *Agent) sweepAtLast(ctx context.Context, stranded bool) error {
+	a.sweeping.Lock()
+	defer a.sweeping.Unlock()
 	a.mu.Lock()
 	due := a.unswept && !stranded
 	if due {
@@ -100,12 +121,13 @@ func (a *Agent) sweepAtLast(stranded bool) {
 	}
 	a.mu.Unlock()
 	if !due {
-		return
+		return nil
 	}
-	if err := a.sweep(a.ctx); err != nil {
-		a.log.Error("sweep", "err", err)
+	err := a.sweep(ctx)
+	if err != nil {
 		a.setUnswept()
 	}
+	return err
 }
 
 // unattended says that the agent has no handle on a running sandbox.
@@ -115,6 +137,8 @@ func (b *box) unattended() bool {
 	return b.entry.State == stateRunning && b.guest == nil
 }
 
+// sweepConsoles removes console logs that are too old, and of the others all but
+// the newest.
 func (a *Agent) sweepConsoles(now time.Time) {
 	dir := filepath.Join(a.cfg.Dir, "consoles")
 	entries, err := os.ReadDir(dir)
@@ -122,10 +146,16 @@ func (a *Agent) sweepConsoles(now time.Time) {
 		a.log.Warn("console logs not swept", "err", err)
 		return
 	}
+	var kept []fs.FileInfo
 	for _, e := range entries {
-		info, err := e.Info()
-		if err == nil && now.Sub(info.ModTime()) > consoleKept {
-			_ = os.Remove(filepath.Join(dir, e.Name())) // the next sweep tries again
+		if info, err := e.Info(); err == nil { // else it is gone
+			kept = append(kept, info)
+		}
+	}
+	slices.SortFunc(kept, func(x, y fs.FileInfo) int { return y.ModTime().Compare(x.ModTime()) })
+	for i, info := range kept {
+		if i >= consolesKept || now.Sub(info.ModTime()) > consoleKept {
+			_ = os.Remove(filepath.Join(dir, info.Name())) // the next sweep tries again
 		}
 	}
 }

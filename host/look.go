@@ -62,6 +62,12 @@ func (a *Agent) SetDeadline(id string, deadline time.Time) error {
 		return sandbox.Errorf(sandbox.KindBusy, "sandbox %s is being created or destroyed", b.id)
 	}
 	defer b.op.Unlock()
+	if a.isClosed() {
+		return errClosing
+	}
+	if b.alive.Err() != nil { // its end has begun, and does not stop
+		return context.Cause(b.alive)
+	}
 	e := b.now()
 	if e.State != stateRunning {
 		return errNotRunning(e)

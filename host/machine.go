@@ -25,8 +25,9 @@ type machine struct {
 	vm      vmm.Machine
 }
 
-// remove takes all of it away, the VM first. Every step runs even if one before
-// it failed, and each may be repeated: after an error remove is called again.
+// remove takes all of it away, the VM first: while that runs, the rest stays.
+// Every step runs even if one before it failed, and each may be repeated: after
+// an error remove is called again.
 func (m *machine) remove(ctx context.Context) error {
 	var u undo.Stack
 	u.Push("folders", m.removeDirs)
@@ -57,6 +58,9 @@ func (m *machine) removeNetwork(ctx context.Context) error {
 	if m.network == nil {
 		return nil
 	}
+	if m.runs() {
+		return errStillRuns
+	}
 	return m.network.Close(ctx)
 }
 
@@ -67,6 +71,9 @@ func (m *machine) removeDisk(ctx context.Context) error {
 	if m.disk == nil {
 		return nil
 	}
+	if m.runs() {
+		return errStillRuns
+	}
 	return m.disk.Remove(ctx)
 }
 
@@ -74,10 +81,29 @@ func (m *machine) removeDirs(ctx context.Context) error {
 	if err := fault.Point(ctx, "host/destroy/folders"); err != nil {
 		return err
 	}
+	if m.runs() {
+		return errStillRuns
+	}
 	return errors.Join(
 		os.RemoveAll(m.a.runDir(m.id)), // nothing in it outlives the VM: durability does not matter
 		osfs.RemoveAll("sandbox-dir", m.a.stateDir(m.id)),
 	)
+}
+
+var errStillRuns = errors.New("the VM still runs")
+
+// runs says that the VM has not ended, as far as its handle knows. Its network
+// slot and its user ID must not become another one's before.
+func (m *machine) runs() bool {
+	if m.vm == nil {
+		return false
+	}
+	select {
+	case <-m.vm.Done():
+		return false
+	default:
+		return true
+	}
 }
 
 // release gives up the handles and leaves everything as it is.

@@ -43,8 +43,9 @@ func (a *Agent) recover(ctx context.Context) error {
 			unfinished = append(unfinished, b)
 		}
 	}
-	if err := a.sweep(ctx); err != nil {
-		return err
+	if err := a.sweep(ctx); err != nil { // what runs has to be looked after all the same
+		a.log.Error("sweep, will try again", "err", err)
+		a.setUnswept()
 	}
 	for _, b := range unfinished {
 		b.op.Lock()
@@ -69,14 +70,14 @@ func (a *Agent) takeOver(ctx context.Context, b *box) {
 	b.op.Lock()
 	defer b.op.Unlock()
 	e := b.now()
-	if e.State != stateRunning || b.machine != nil {
+	if e.State != stateRunning || b.machine != nil || a.isClosed() {
 		return
 	}
 	if e.VMM.BootID != a.cfg.BootID {
 		a.lost(b, sandbox.CauseHostReboot, "the machine was started anew")
 		return
 	}
-	m, err := a.adopt(ctx, e)
+	m, err := a.adopt(ctx, b, e)
 	switch {
 	case sandbox.Is(err, sandbox.KindNotFound):
 		a.lost(b, sandbox.CauseVMMCrash, fmt.Sprintf("gone when the host agent started: %v", err))
@@ -84,7 +85,7 @@ func (a *Agent) takeOver(ctx context.Context, b *box) {
 		a.log.Error("running vm not adopted, will try again", "sandbox", b.id, "err", err)
 		a.setUnswept()
 	default:
-		b.machine = m
+		b.machine, b.network = m, nil
 		b.mu.Lock()
 		b.guest, b.vm = a.newGuest(m.network, e.Token), m.vm
 		b.mu.Unlock()
@@ -100,9 +101,9 @@ func (a *Agent) lost(b *box, cause sandbox.Cause, detail string) {
 	b.die(errEnding(b.id, cause, detail))
 }
 
-// adopt finds every part of a running machine again.
-func (a *Agent) adopt(ctx context.Context, e entry) (_ *machine, err error) {
-	m := &machine{a: a, id: e.ID, config: *e.Disk}
+// adopt finds every part of a running machine again; the caller holds op.
+func (a *Agent) adopt(ctx context.Context, b *box, e entry) (_ *machine, err error) {
+	m := &machine{a: a, id: e.ID, config: *e.Disk, network: b.network}
 	if m.vm, err = a.cfg.VMM.Adopt(ctx, *e.VMM); err != nil {
 		return nil, fmt.Errorf("adopt vm: %w", err)
 	}
@@ -114,8 +115,11 @@ func (a *Agent) adopt(ctx context.Context, e entry) (_ *machine, err error) {
 	if m.disk, err = a.cfg.Disks.Restore(ctx, *e.Disk); err != nil {
 		return nil, fmt.Errorf("restore disk: %w", err)
 	}
-	if m.network, err = a.cfg.Networks.Adopt(ctx, e.Slot); err != nil {
-		return nil, fmt.Errorf("adopt network: %w", err)
+	if m.network == nil {
+		if m.network, err = a.cfg.Networks.Adopt(ctx, e.Slot); err != nil {
+			return nil, fmt.Errorf("adopt network: %w", err)
+		}
+		b.network = m.network // it can be adopted once only
 	}
 	if err = m.network.SetInternet(ctx, e.Spec.Network.Internet); err != nil {
 		return nil, fmt.Errorf("open network: %w", err)

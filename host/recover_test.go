@@ -338,6 +338,7 @@ func TestUnreadableEntryStopsTheStart(t *testing.T) {
 	if err := os.WriteFile(path, whole, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	r.networks.crash()
 	r.open()
 	if _, err := r.agent.Ping(t.Context(), string(id)); err != nil {
 		t.Error(err)

@@ -217,11 +217,11 @@ func (m *machineRoom) crash() {
 	clear(m.held)
 }
 
-func (m *machineRoom) Sweep(context.Context, string) error {
+func (m *machineRoom) Sweep(_ context.Context, root string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, id := range m.Running() {
-		if !m.held[id] {
+		if all := filepath.Base(root) == "run"; !m.held[id] && (all || filepath.Base(root) == string(id)) {
 			_ = m.Crash(id) // gone already is as good
 		}
 	}
@@ -236,6 +236,8 @@ type networks struct {
 	used      map[int]*network
 	addresses map[string]string // namespace → where its guest listens
 	adoptErr  error
+	openErr   error
+	sweepErr  error
 	swept     int
 }
 
@@ -270,6 +272,18 @@ func (n *networks) failAdopt(err error) {
 	n.adoptErr = err
 }
 
+func (n *networks) failOpen(err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.openErr = err
+}
+
+func (n *networks) failSweep(err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.sweepErr = err
+}
+
 func (n *networks) Acquire(context.Context) (host.Network, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -291,6 +305,9 @@ func (n *networks) Adopt(_ context.Context, index int) (host.Network, error) {
 	if slot == nil {
 		return nil, sandbox.Errorf(sandbox.KindNotFound, "no slot %d", index)
 	}
+	if slot.owned {
+		return nil, sandbox.Errorf(sandbox.KindConflict, "slot %d is in use", index)
+	}
 	slot.owned = true
 	return slot, nil
 }
@@ -309,6 +326,9 @@ func (n *networks) Sweep(context.Context) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.swept++
+	if n.sweepErr != nil {
+		return n.sweepErr
+	}
 	for i, slot := range n.used {
 		if !slot.owned {
 			delete(n.used, i)
@@ -323,8 +343,13 @@ func (s *network) OpenTap() (*os.File, error) { return os.Open(os.DevNull) }
 func (s *network) MAC() string                { return "02:00:00:00:00:01" }
 func (s *network) Guest() netip.Prefix        { return netip.MustParsePrefix("100.127.255.2/30") }
 
-func (s *network) Gateway() netip.Addr                     { return netip.MustParseAddr("100.127.255.1") }
-func (s *network) SetInternet(context.Context, bool) error { return nil }
+func (s *network) Gateway() netip.Addr { return netip.MustParseAddr("100.127.255.1") }
+
+func (s *network) SetInternet(context.Context, bool) error {
+	s.all.mu.Lock()
+	defer s.all.mu.Unlock()
+	return s.all.openErr
+}
 
 func (s *network) Dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	s.all.mu.Lock()
