@@ -49,10 +49,20 @@ func invokingUser() (owner, error) {
 	return owner{name: u.Username, uid: uid, gid: gid, config: path}, nil
 }
 
+// readConfig and writeConfig reach no further than the owner does.
+func (o owner) readConfig() (c config, err error) {
+	err = asUser(o.uid, o.gid, func() (err error) { c, err = readConfig(o.config); return err })
+	return c, err
+}
+
+func (o owner) writeConfig(path string, c config) error {
+	return asUser(o.uid, o.gid, func() error { return writeConfig(path, c, o.uid, o.gid) })
+}
+
 // ensureKey makes sure that the owner's config file leads to the server, and
 // returns a client made from it. A config that leads elsewhere is kept beside.
 func ensureKey(ctx context.Context, inst instance, url string, o owner) (*client.Client, error) {
-	have, err := readConfig(o.config)
+	have, err := o.readConfig()
 	if err != nil && !sandbox.Is(err, sandbox.KindInvalid) {
 		return nil, err
 	}
@@ -70,11 +80,11 @@ func ensureKey(ctx context.Context, inst instance, url string, o owner) (*client
 		return nil, err
 	}
 	if have.Key != "" && have.URL != url {
-		if err := writeConfig(o.config+".old", have, o.uid, o.gid); err != nil {
+		if err := o.writeConfig(o.config+".old", have); err != nil {
 			return nil, err
 		}
 	}
-	if err := writeConfig(o.config, config{URL: url, Key: secret}, o.uid, o.gid); err != nil {
+	if err := o.writeConfig(o.config, config{URL: url, Key: secret}); err != nil {
 		return nil, err
 	}
 	return client.New(client.Config{BaseURL: url, Key: secret})
