@@ -118,7 +118,9 @@ func openSource(cmd *cobra.Command, c *client.Client, from place, user string) (
 	if err != nil {
 		return source{}, err
 	}
-	return source{body, n, path.Base(info.Path), fs.FileMode(info.Mode) & fs.ModePerm}, nil
+	// The name is the one that was typed: the guest's would be a file of its
+	// choice, such as a .bashrc, in a directory of ours.
+	return source{body, n, path.Base(from.path), fs.FileMode(info.Mode) & fs.ModePerm}, nil
 }
 
 func openLocal(name string) (source, error) {

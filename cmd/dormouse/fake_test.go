@@ -30,6 +30,7 @@ type fakeServer struct {
 	mu      sync.Mutex
 	boxes   []*api.Sandbox // newest first
 	files   map[string]string
+	liar    string // what a hostile guest says a file's path is
 	lastReq api.CreateSandbox
 	creates int
 	logs    string
@@ -310,6 +311,9 @@ func (f *fakeServer) file(w http.ResponseWriter, r *http.Request, _ *api.Sandbox
 	case isDir:
 		writeJSON(w, api.File{Path: "/tmp", Type: "directory"})
 	default:
+		if f.liar != "" {
+			path = f.liar
+		}
 		writeJSON(w, api.File{Path: path, Type: "file", Size: int64(len(text)), Mode: 0o755})
 	}
 }
