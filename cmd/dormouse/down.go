@@ -53,6 +53,11 @@ func down(ctx context.Context, cmd *cobra.Command, inst instance) error {
 	if err != nil {
 		return err
 	}
+	lock, err := inst.lock(serverState{}) // no server starts meanwhile
+	if err != nil {
+		return err
+	}
+	defer func() { _ = lock.Close() }() // it goes with the process in any case
 	ended, err := endAll(ctx, inst)
 	if err != nil {
 		return err

@@ -9,14 +9,18 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/dormouse-sandbox/dormouse/client"
 	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 	"github.com/dormouse-sandbox/dormouse/internal/osfs"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
 // instance is one server on this machine, as its data directory makes it. Two
@@ -43,6 +47,7 @@ func (i instance) databasePath() string { return filepath.Join(i.data, "control.
 func (i instance) logPath() string      { return filepath.Join(i.data, "server.log") }
 func (i instance) probePath() string    { return filepath.Join(i.data, "kvm-probe.json") }
 func (i instance) statePath() string    { return filepath.Join(i.data, "server.json") }
+func (i instance) lockPath() string     { return filepath.Join(i.data, "server.lock") }
 
 // uidBase is the first of the user IDs of this instance's VMs. It lies above
 // what distributions and user namespaces give out, and each instance has a
@@ -66,7 +71,7 @@ func (i instance) makeData() error {
 type serverState struct {
 	PID       int    `json:"pid"`
 	StartTime uint64 `json:"start_time"`
-	URL       string `json:"url"`
+	URL       string `json:"url"` // empty while it starts
 	Version   string `json:"version"`
 }
 
@@ -78,9 +83,65 @@ func (i instance) writeState(s serverState) error {
 	return osfs.WriteFile("server-state", i.statePath(), data, 0o644)
 }
 
-// running finds the server of this instance, if its process lives.
+// lock keeps two processes from working on one instance: the ruleset of its
+// network belongs to one of them, and so does what it sweeps. It goes with the
+// process, however that ends. What is in the file says who starts, for running.
+func (i instance) lock(s serverState) (_ *os.File, err error) {
+	f, err := os.OpenFile(i.lockPath(), os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, fmt.Errorf("lock data directory: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			_ = f.Close() // the error says more
+		}
+	}()
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, sandbox.Errorf(sandbox.KindConflict, "another dormouse process is at work on %s", i.data)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("lock data directory: %w", err)
+	}
+	data, err := json.Marshal(s)
+	if err != nil {
+		return nil, err
+	}
+	if err = f.Truncate(0); err != nil {
+		return nil, fmt.Errorf("lock data directory: %w", err)
+	}
+	if _, err = f.WriteAt(data, 0); err != nil {
+		return nil, fmt.Errorf("lock data directory: %w", err)
+	}
+	return f, nil
+}
+
+// thisServer is the state of a server that starts in this process.
+func thisServer() (serverState, error) {
+	started, err := kernel.StatProc(os.Getpid())
+	return serverState{PID: os.Getpid(), StartTime: started.StartTime, Version: version}, err
+}
+
+// running finds the server of this instance, also one that only starts, if its
+// process lives.
 func (i instance) running() (serverState, bool, error) {
-	data, err := osfs.ReadFileLimit(i.statePath(), 64<<10)
+	var last serverState
+	for _, path := range []string{i.statePath(), i.lockPath()} {
+		s, alive, err := readState(path)
+		if err != nil || alive {
+			return s, alive, err
+		}
+		if last.PID == 0 {
+			last = s
+		}
+	}
+	return last, false, nil
+}
+
+// readState finds the server that a file tells of. A file that is not
+// understood tells of none: the lock keeps a second one away all the same.
+func readState(path string) (serverState, bool, error) {
+	data, err := osfs.ReadFileLimit(path, 64<<10)
 	if errors.Is(err, fs.ErrNotExist) {
 		return serverState{}, false, nil
 	}
@@ -88,8 +149,8 @@ func (i instance) running() (serverState, bool, error) {
 		return serverState{}, false, err
 	}
 	var s serverState
-	if err := json.Unmarshal(data, &s); err != nil {
-		return serverState{}, false, fmt.Errorf("%s: %w", i.statePath(), err)
+	if json.Unmarshal(data, &s) != nil || s.PID <= 0 {
+		return serverState{}, false, nil
 	}
 	p, err := kernel.OpenProcess(s.PID, s.StartTime)
 	if err != nil {
@@ -97,6 +158,21 @@ func (i instance) running() (serverState, bool, error) {
 	}
 	defer func() { _ = p.Close() }() // only a handle
 	return s, !p.Exited(), nil
+}
+
+// awaitStart is running, but waits for a server that starts just now.
+func (i instance) awaitStart(ctx context.Context) (serverState, bool, error) {
+	for {
+		s, alive, err := i.running()
+		if err != nil || !alive || s.URL != "" {
+			return s, alive, err
+		}
+		select {
+		case <-ctx.Done():
+			return s, alive, context.Cause(ctx)
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 }
 
 // stop ends the server and waits for it. Its sandboxes run on.

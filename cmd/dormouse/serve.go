@@ -19,7 +19,6 @@ import (
 	"github.com/dormouse-sandbox/dormouse/host"
 	"github.com/dormouse-sandbox/dormouse/host/hostapi"
 	hostserver "github.com/dormouse-sandbox/dormouse/host/server"
-	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 	"github.com/dormouse-sandbox/dormouse/internal/undo"
 	"github.com/dormouse-sandbox/dormouse/netns"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
@@ -126,6 +125,15 @@ func openHost(ctx context.Context, o upOptions, p prepared, log *slog.Logger, u 
 func serve(ctx context.Context, o upOptions, log *slog.Logger) (err error) {
 	var u undo.Stack
 	defer func() { err = errors.Join(err, u.Run(ctx)) }()
+	state, err := thisServer()
+	if err != nil {
+		return err
+	}
+	lock, err := o.inst.lock(state)
+	if err != nil {
+		return err
+	}
+	u.PushClose("lock", lock.Close)
 	listener, err := listen(o.listen)
 	if err != nil {
 		return err
@@ -158,7 +166,8 @@ func serve(ctx context.Context, o upOptions, log *slog.Logger) (err error) {
 	if err := control.Start(ctx); err != nil {
 		return fmt.Errorf("start control: %w", err)
 	}
-	return serveHTTP(ctx, o, control, listener, log)
+	state.URL = "http://" + listener.Addr().String()
+	return serveHTTP(ctx, o, state, control, listener, log)
 }
 
 func handlerOf(agent *host.Agent) http.Handler {
@@ -179,12 +188,7 @@ func listen(address string) (net.Listener, error) {
 }
 
 // serveHTTP answers until ctx ends.
-func serveHTTP(ctx context.Context, o upOptions, control *server.Server, l net.Listener, log *slog.Logger) error {
-	started, err := kernel.StatProc(os.Getpid())
-	if err != nil {
-		return err
-	}
-	state := serverState{PID: os.Getpid(), StartTime: started.StartTime, URL: "http://" + l.Addr().String(), Version: version}
+func serveHTTP(ctx context.Context, o upOptions, state serverState, control *server.Server, l net.Listener, log *slog.Logger) error {
 	if err := o.inst.writeState(state); err != nil {
 		return fmt.Errorf("write server state: %w", err)
 	}

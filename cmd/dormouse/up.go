@@ -142,7 +142,7 @@ func up(ctx context.Context, cmd *cobra.Command, o upOptions) error {
 // starts it.
 func ensureServer(ctx context.Context, cmd *cobra.Command, o upOptions) (serverState, error) {
 	out := cmd.OutOrStdout()
-	state, alive, err := o.inst.running()
+	state, alive, err := o.inst.awaitStart(ctx)
 	if err != nil {
 		return state, err
 	}
@@ -190,11 +190,15 @@ func startDetached(ctx context.Context, o upOptions) (serverState, error) {
 	deadline := time.After(limit)
 	for {
 		state, alive, err := o.inst.running()
-		if err == nil && alive && state.PID == child.Process.Pid && healthy(ctx, state.URL) {
+		if err == nil && alive && state.URL != "" && state.PID == child.Process.Pid && healthy(ctx, state.URL) {
 			return state, nil
 		}
 		select {
 		case err := <-ended:
+			// Another "up" may have been a moment faster.
+			if other, alive, otherErr := o.inst.awaitStart(ctx); otherErr == nil && alive && other.Version == version && healthy(ctx, other.URL) {
+				return other, nil
+			}
 			return serverState{}, fmt.Errorf("the server ended (%w): %s", errors.Join(err, io.EOF), tailOf(o.inst.logPath(), offset))
 		case <-deadline:
 			return serverState{}, sandbox.Errorf(sandbox.KindTimeout, "the server does not answer within %v: %s", limit, tailOf(o.inst.logPath(), offset))
