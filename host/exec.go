@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"io"
+	"strconv"
 	"strings"
 	"time"
 
@@ -19,12 +20,12 @@ const (
 	maxCwdBytes = 4096
 )
 
-// A silent stream is kept alive by the agent; one that stays silent for longer
-// has lost its guest.
-const (
-	keepAlive   = 15 * time.Second
-	silenceKept = 2 * time.Minute
-)
+// keepAlive is how often the agent says that a silent stream lives.
+const keepAlive = 15 * time.Second
+
+// silenceKept is after how long a stream that stays silent has lost its guest;
+// tests shorten it.
+var silenceKept = 2 * time.Minute
 
 // killLimit bounds the killing of a command whose caller went away or whose time
 // is up.
@@ -130,7 +131,7 @@ func (r *Process) open(c Command, stdin bool) error {
 		req.Msg.Process.Cwd = &c.Cwd
 	}
 	r.g.sign(req.Header(), c.User)
-	req.Header().Set("Keepalive-Ping-Interval", "15")
+	req.Header().Set("Keepalive-Ping-Interval", strconv.Itoa(int(keepAlive/time.Second)))
 	ctx, watchdog := watchSilence(r.ctx)
 	r.ctx, r.watchdog = ctx, watchdog
 	if c.Timeout > 0 {
@@ -172,10 +173,16 @@ func (r *Process) timeUp(ctx context.Context) {
 }
 
 // Output hands every piece of output to fn until the command ends. It waits for
-// fn: that is how a slow reader slows the command.
+// fn: that is how a slow reader slows the command. Once its time is up, signs of
+// life do not count any more: an agent that is a guest's own could send them for
+// ever, and its caller was promised an end.
 func (r *Process) Output(fn func(stdout, stderr []byte) error) (ExecEnd, error) {
+	late := false // at the message before this one
 	for r.stream.Receive() {
-		r.watchdog.Reset(silenceKept)
+		if !late {
+			r.watchdog.Reset(silenceKept)
+		}
+		late = r.isTimeUp()
 		event := r.stream.Msg().GetEvent()
 		if end := event.GetEnd(); end != nil {
 			return r.endOf(end), nil
@@ -197,12 +204,19 @@ func (r *Process) Output(fn func(stdout, stderr []byte) error) (ExecEnd, error) 
 
 func (r *Process) endOf(end *process.ProcessEvent_EndEvent) ExecEnd {
 	out := ExecEnd{ExitCode: int(end.ExitCode), Exited: end.Exited, Status: printable(end.Status)}
-	select {
-	case <-r.timedOut:
+	if r.isTimeUp() {
 		out.TimedOut = !end.Exited // one that ended by itself just then did not time out
-	default:
 	}
 	return out
+}
+
+func (r *Process) isTimeUp() bool {
+	select {
+	case <-r.timedOut:
+		return true
+	default:
+		return false
+	}
 }
 
 // Input sends bytes to the command and waits until the agent has written them.

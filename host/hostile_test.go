@@ -16,6 +16,8 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/filesystem/filesystemconnect"
+	"github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/process"
+	"github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/process/processconnect"
 	"github.com/dormouse-sandbox/dormouse/host"
 	"github.com/dormouse-sandbox/dormouse/host/hostapi"
 	hostv1 "github.com/dormouse-sandbox/dormouse/host/hostapi/gen/dormouse/host/v1"
@@ -151,5 +153,48 @@ func TestGuestThatAnswersNoSYN(t *testing.T) {
 	wg.Wait()
 	if most := d.most.Load(); most > 8 {
 		t.Errorf("%d attempts to connect at the same time", most)
+	}
+}
+
+// immortal is an agent that starts everything, ends nothing, and keeps saying
+// that it lives.
+type immortal struct {
+	processconnect.UnimplementedProcessHandler
+}
+
+func (immortal) Start(ctx context.Context, _ *connect.Request[process.StartRequest], stream *connect.ServerStream[process.StartResponse]) error {
+	started := &process.ProcessEvent{Event: &process.ProcessEvent_Start{Start: &process.ProcessEvent_StartEvent{Pid: 7}}}
+	alive := &process.ProcessEvent{Event: &process.ProcessEvent_Keepalive{Keepalive: &process.ProcessEvent_KeepAlive{}}}
+	err := stream.Send(&process.StartResponse{Event: started})
+	for err == nil && ctx.Err() == nil {
+		time.Sleep(20 * time.Millisecond)
+		err = stream.Send(&process.StartResponse{Event: alive})
+	}
+	return err
+}
+
+func (immortal) SendSignal(context.Context, *connect.Request[process.SendSignalRequest]) (*connect.Response[process.SendSignalResponse], error) {
+	return connect.NewResponse(&process.SendSignalResponse{}), nil
+}
+
+// TestTimeoutHoldsAgainstTheAgent: a command's timeout ends the call also when
+// the agent takes the signal and goes on.
+func TestTimeoutHoldsAgainstTheAgent(t *testing.T) {
+	const silence = 300 * time.Millisecond
+	defer host.SetSilence(silence)()
+	mux := http.NewServeMux()
+	mux.Handle(processconnect.NewProcessHandler(immortal{}))
+	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	r := newRig(t)
+	hostile(r, mux)
+	agent := r.open()
+	id := string(r.mustCreate())
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	command := host.Command{Cmd: "sleep", Timeout: 2 * silence} // signs of life count until then
+	start := time.Now()
+	_, err := agent.Exec(ctx, id, command, nil, 0)
+	if took := time.Since(start); err == nil || ctx.Err() != nil || took < command.Timeout {
+		t.Errorf("after %v: %v", took, err)
 	}
 }
