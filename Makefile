@@ -102,7 +102,7 @@ check-root:
 	  $(GO) test -timeout 10m -p 1 $(AS_ROOT) $(TESTFLAGS) $(ROOT_PKGS),:)
 
 check-e2e:
-	@REQUIRE=root,$(REQUIRE_TOOLS) $(STAGE) --show "end to end" -- $(SYSTEM) -timeout 15m ./test/e2e/... ./test/chaos/...
+	@REQUIRE=root,$(REQUIRE_TOOLS) $(STAGE) --show "end to end" -- $(SYSTEM) -p 2 -timeout 15m ./test/e2e/... ./test/chaos/...
 
 check-all: check ## check, then what takes longer: the race detector, crash sweeps, soak
 	@if command -v gcc >/dev/null; then \

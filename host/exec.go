@@ -29,7 +29,7 @@ var silenceKept = 2 * time.Minute
 
 // killLimit bounds the killing of a command whose caller went away or whose time
 // is up.
-const killLimit = 10 * time.Second
+const killLimit = 30 * time.Second
 
 // watchSilence returns a context that ends when its timer has not been reset or
 // stopped for too long.
