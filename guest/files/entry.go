@@ -4,6 +4,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -26,15 +27,16 @@ func entry(path string, names account.Names) (*filesystemv1.EntryInfo, error) {
 
 func entryOf(path string, info fs.FileInfo, names account.Names) *filesystemv1.EntryInfo {
 	e := &filesystemv1.EntryInfo{
-		Name: filepath.Base(path), Path: path, Size: info.Size(),
+		Name: utf8(filepath.Base(path)), Path: utf8(path), Size: info.Size(),
 		ModifiedTime: timestamppb.New(info.ModTime()),
 	}
 	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
-		e.Owner, e.Group = names.User(stat.Uid), names.Group(stat.Gid)
+		e.Owner, e.Group = utf8(names.User(stat.Uid)), utf8(names.Group(stat.Gid))
 	}
 	mode := info.Mode()
 	if mode&fs.ModeSymlink != 0 {
 		target, pointed, err := follow(path)
+		target = utf8(target)
 		e.SymlinkTarget = &target
 		if err == nil {
 			mode = pointed.Mode()
@@ -45,6 +47,11 @@ func entryOf(path string, info fs.FileInfo, names account.Names) *filesystemv1.E
 	e.Permissions = mode.String()
 	return e
 }
+
+// utf8 makes a name fit for an answer. To the file system a name is bytes; one
+// that is no text, as from an archive of another country, must not take a whole
+// listing with it.
+func utf8(name string) string { return strings.ToValidUTF8(name, "\uFFFD") }
 
 // follow resolves a link completely. When that fails it gives the next hop.
 func follow(path string) (target string, info fs.FileInfo, err error) {

@@ -167,3 +167,23 @@ func TestWatchersAreNotThereYet(t *testing.T) {
 	_, err := g.Filesystem.CreateWatcher(t.Context(), connect.NewRequest(&filesystemv1.CreateWatcherRequest{Path: "~"}))
 	wantCode(t, "CreateWatcher", err, connect.CodeUnimplemented)
 }
+
+// TestNamesThatAreNoText: names are bytes, answers are text.
+func TestNamesThatAreNoText(t *testing.T) {
+	g := guesttest.Start(t, guesttest.Options{})
+	write(t, g.Home+"/caf\xe9", "12345")
+	if err := os.Symlink("\xff", g.Home+"/link"); err != nil {
+		t.Fatal(err)
+	}
+	res, err := g.Filesystem.ListDir(t.Context(), connect.NewRequest(&filesystemv1.ListDirRequest{Path: "~"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, e := range res.Msg.GetEntries() {
+		got = append(got, e.GetName())
+	}
+	if want := []string{"caf\uFFFD", "link"}; !slices.Equal(got, want) {
+		t.Errorf("listed %q, want %q", got, want)
+	}
+}
