@@ -9,4 +9,5 @@ var (
 	ParseBuiltin     = parseBuiltin
 	PackInitramfs    = packInitramfs
 	CopySparse       = copySparse
+	ReadKernel       = readKernel
 )

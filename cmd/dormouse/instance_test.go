@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/dormouse-sandbox/dormouse/internal/kernel"
@@ -167,4 +168,26 @@ func TestOneAtATime(t *testing.T) {
 	if err := next.Close(); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// FuzzConfig: a client's config is read whole, or the error names the file.
+func FuzzConfig(f *testing.F) {
+	const whole = `{"url":"http://127.0.0.1:7070","key":"k"}`
+	for n := range len(whole) + 1 { // also cut short anywhere
+		f.Add([]byte(whole[:n]))
+	}
+	f.Add([]byte("null"))
+	path := filepath.Join(f.TempDir(), "config.json")
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c, err := readConfig(path)
+		if err != nil && (!strings.Contains(err.Error(), path) || c != (config{})) {
+			t.Errorf("%q: %+v, %v", data, c, err)
+		}
+		if err == nil && !json.Valid(data) {
+			t.Errorf("%q is taken for %+v", data, c)
+		}
+	})
 }

@@ -1,6 +1,9 @@
 package qcow
 
-import "testing"
+import (
+	"encoding/binary"
+	"testing"
+)
 
 // FuzzParseHeader: any bytes give a header or an error, never a panic.
 func FuzzParseHeader(f *testing.F) {
@@ -15,6 +18,31 @@ func FuzzParseHeader(f *testing.F) {
 			t.Errorf("a header %v came with the error %v", h, err)
 		}
 	})
+}
+
+// TestHeaderCutShort: less than the whole of a header is an error, never another
+// backing file.
+func TestHeaderCutShort(t *testing.T) {
+	const name, format = "/images/base.ext4", "raw"
+	whole := make([]byte, headerV3, 2*headerV3)
+	copy(whole, "QFI\xfb\x00\x00\x00\x03")
+	binary.BigEndian.PutUint64(whole[24:], 1<<20)
+	binary.BigEndian.PutUint32(whole[100:], headerV3)
+	whole = binary.BigEndian.AppendUint32(whole, extBackingType)
+	whole = binary.BigEndian.AppendUint32(whole, uint32(len(format)))
+	whole = append(whole, format+"\x00\x00\x00\x00\x00"...) // padded to 8 bytes
+	whole = append(whole, make([]byte, 8)...)               // the end of the extensions
+	binary.BigEndian.PutUint64(whole[8:], uint64(len(whole)))
+	binary.BigEndian.PutUint32(whole[16:], uint32(len(name)))
+	whole = append(whole, name...)
+	if h, err := parseHeader(whole); err != nil || h != (header{name, format, 1 << 20}) {
+		t.Fatalf("%v, %v", h, err)
+	}
+	for n := range whole {
+		if h, err := parseHeader(whole[:n]); err == nil {
+			t.Fatalf("cut at %d: %v", n, h)
+		}
+	}
 }
 
 func TestOldToolsGetSmallClusters(t *testing.T) {
