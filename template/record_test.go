@@ -59,3 +59,24 @@ func FuzzRecords(f *testing.F) {
 		}
 	})
 }
+
+// TestBrokenTemplateIsLeftOut: it can be asked for by name, with the reason, and
+// takes no other one with it.
+func TestBrokenTemplateIsLeftOut(t *testing.T) {
+	store, templateJSON, _ := records(t)
+	whole := `{"digest":"sha256:` + strings.Repeat("0", 64) + `"}`
+	broken := filepath.Join(filepath.Dir(filepath.Dir(templateJSON)), "broken")
+	if err := errors.Join(
+		os.WriteFile(templateJSON, []byte(whole), 0o644), os.Mkdir(broken, 0o755),
+		os.WriteFile(filepath.Join(broken, "template.json"), []byte(whole[:10]), 0o644),
+	); err != nil {
+		t.Fatal(err)
+	}
+	list, err := store.List()
+	if err != nil || len(list) != 1 || list[0].Name != "base" {
+		t.Errorf("list: %+v, %v", list, err)
+	}
+	if _, err := store.Get("broken"); err == nil || !strings.Contains(err.Error(), "broken") {
+		t.Errorf("get: %v", err)
+	}
+}

@@ -159,7 +159,8 @@ func (s *Store) Get(name string) (Template, error) {
 	return t, nil
 }
 
-// List returns the published templates by name.
+// List returns the published templates by name. One that is broken is left out:
+// it must not keep the others from being used.
 func (s *Store) List() ([]Template, error) {
 	entries, err := os.ReadDir(s.cfg.Dir)
 	if err != nil {
@@ -175,7 +176,8 @@ func (s *Store) List() ([]Template, error) {
 			continue
 		}
 		if err != nil {
-			return nil, err
+			s.log.Error("template is broken", "template", e.Name(), "err", err)
+			continue
 		}
 		list = append(list, t)
 	}
