@@ -5,9 +5,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -19,6 +21,7 @@ import (
 	"github.com/dormouse-sandbox/dormouse/control/server"
 	hostv1 "github.com/dormouse-sandbox/dormouse/host/hostapi/gen/dormouse/host/v1"
 	"github.com/dormouse-sandbox/dormouse/host/hostapi/gen/dormouse/host/v1/hostv1connect"
+	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
@@ -120,5 +123,51 @@ func TestStrangersSayLittle(t *testing.T) {
 	}
 	if _, b, err := known.Read(r.ctx()); err != nil || !strings.Contains(string(b), api.StreamStarted) {
 		t.Errorf("100 KiB after the key: %s, %v", b, err)
+	}
+}
+
+// requests counts a log's lines about requests.
+type requests struct {
+	mu sync.Mutex
+	n  int
+}
+
+func (l *requests) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.n += strings.Count(string(p), "msg=request ")
+	return len(p), nil
+}
+
+func (l *requests) count() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.n
+}
+
+// TestStrangersFillNoLog: without a key nobody makes the server write to its disk.
+func TestStrangersFillNoLog(t *testing.T) {
+	log := &requests{}
+	r := newRig(t, func(c *server.Config) { c.Log = slog.New(slog.NewTextHandler(log, nil)) })
+	id := r.create()
+	testkit.Eventually(t, limit, "the create is in the log", func() bool { return log.count() == 1 })
+	for _, path := range []string{"/healthz", "/openapi.json", "/nowhere", "//healthz", "/v1/host", "/v1/sandboxes/" + id + "/exec/stream"} {
+		resp, err := http.Get(r.http.URL + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close() // the log is what counts
+	}
+	stranger, _, err := r.dial(id, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = stranger.Write(r.ctx(), websocket.MessageText, []byte(`{"type":"auth","key":"dm_x"}`)) // it is sent away
+	_, _, _ = stranger.Read(r.ctx())
+	_ = stranger.CloseNow()
+	r.get(id) // its line comes after theirs
+	testkit.Eventually(t, limit, "the call with a key is in the log", func() bool { return log.count() >= 2 })
+	if n := log.count(); n != 2 {
+		t.Errorf("%d lines about requests, 2 of them with a key", n)
 	}
 }

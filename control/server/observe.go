@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"path"
@@ -17,8 +18,8 @@ import (
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
-// observe gives every request an ID, one log line, its metrics, and an answer
-// even when its handler panics.
+// observe gives every request an ID, one log line (for debugging only, if it has
+// no key), its metrics, and an answer even when its handler panics.
 func (s *Server) observe(mux *http.ServeMux, unmatched http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := s.cfg.Now()
@@ -40,7 +41,11 @@ func (s *Server) observe(mux *http.ServeMux, unmatched http.Handler) http.Handle
 			aborted := s.recovered(rec, r, recover())
 			took := s.cfg.Now().Sub(start)
 			s.meters.request(pattern, rec.status, took)
-			s.cfg.Log.Info("request", "request", id, "op", pattern, "sandbox", sandboxOf(r), "status", rec.status,
+			level := slog.LevelDebug // what strangers do must not fill the disk
+			if rec.known {
+				level = slog.LevelInfo
+			}
+			s.cfg.Log.Log(r.Context(), level, "request", "request", id, "op", pattern, "sandbox", sandboxOf(r), "status", rec.status,
 				"bytes", rec.bytes, "took", took, "remote", r.RemoteAddr, "aborted", aborted)
 			if aborted {
 				panic(http.ErrAbortHandler) // the server drops the connection: the client sees that the answer is cut
@@ -82,6 +87,14 @@ type recorder struct {
 	http.ResponseWriter
 	status int
 	bytes  int64
+	known  bool // the request came with a valid key
+}
+
+// setKnown notes that whoever asks has a key.
+func setKnown(w http.ResponseWriter) {
+	if rec, ok := w.(*recorder); ok {
+		rec.known = true
+	}
 }
 
 func (r *recorder) WriteHeader(status int) {

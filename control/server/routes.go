@@ -82,6 +82,7 @@ func (s *Server) wrap(rt route) http.Handler {
 				s.fail(w, r, err)
 				return
 			}
+			setKnown(w)
 			r = r.WithContext(context.WithValue(r.Context(), keyOfContext{}, key))
 		}
 		if err := rt.handle(w, r); err != nil {

@@ -53,6 +53,8 @@ type stream struct {
 	conn *websocket.Conn
 	host *hostStream
 
+	known func() // to be called when the client has said who it is
+
 	// ctx is the session: it ends with the client, the sandbox or the server.
 	// The client is read with connCtx, which lasts longer: a read whose context
 	// ends closes the connection, and nobody could be told why.
@@ -82,6 +84,7 @@ func (s *Server) execStream(w http.ResponseWriter, r *http.Request) error {
 		if _, err := s.cfg.Keys.Check(r.Context(), secret); err != nil {
 			return err
 		}
+		setKnown(w)
 	}
 	if !strings.Contains(strings.ToLower(r.Header.Get("Upgrade")), "websocket") {
 		return sandbox.Errorf(sandbox.KindInvalid, "this is a WebSocket: it cannot be read with a plain %s", r.Method)
@@ -101,7 +104,7 @@ func (s *Server) execStream(w http.ResponseWriter, r *http.Request) error {
 	// The request's own context no longer follows the connection.
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(r.Context()))
 	defer cancel(nil)
-	st := &stream{s: s, id: id, conn: conn, ctx: ctx, cancel: cancel, connCtx: ctx, input: newInputQueue(), lastOut: s.cfg.Now()}
+	st := &stream{s: s, known: func() { setKnown(w) }, id: id, conn: conn, ctx: ctx, cancel: cancel, connCtx: ctx, input: newInputQueue(), lastOut: s.cfg.Now()}
 	if err := st.serve(given); err != nil {
 		st.sendError(err, requestID(r))
 	}
@@ -193,6 +196,7 @@ func (st *stream) first(authenticated bool) (api.StreamMessage, error) {
 				return msg, err
 			}
 			authenticated = true
+			st.known()
 			st.conn.SetReadLimit(api.MaxStreamMessage + 1)
 		case !authenticated:
 			_, err := st.s.cfg.Keys.Check(ctx, "")
