@@ -78,7 +78,11 @@ func probeKVM(cmd *cobra.Command, inst instance, cache string) error {
 	if err != nil {
 		return fmt.Errorf("guest kernel: %w", err)
 	}
-	_, err = qemu.Probe(cmd.Context(), qemu.ProbeConfig{Kernel: kernel.Image, CacheFile: inst.probePath(), Deadline: probeLimit})
+	elf, err := templates.ELF(cmd.Context(), kernel)
+	if err != nil {
+		return err
+	}
+	_, err = qemu.Probe(cmd.Context(), inst.probe(elf))
 	return err
 }
 

@@ -21,6 +21,7 @@ import (
 	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 	"github.com/dormouse-sandbox/dormouse/internal/osfs"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/vmm/qemu"
 )
 
 // instance is one server on this machine, as its data directory makes it. Two
@@ -35,9 +36,23 @@ func newInstance(data string) (instance, error) {
 	if err != nil {
 		return instance{}, err
 	}
+	abs = resolve(abs)
 	sum := sha256.Sum256([]byte(abs))
 	name := strings.ToLower(base32.StdEncoding.EncodeToString(sum[:])[:5])
 	return instance{data: abs, name: name}, nil
+}
+
+// resolve follows the links in the part of a path that exists: two spellings of
+// one directory are one instance.
+func resolve(path string) string {
+	real, err := filepath.EvalSymlinks(path)
+	if err == nil {
+		return real
+	}
+	if parent := filepath.Dir(path); parent != path {
+		return filepath.Join(resolve(parent), filepath.Base(path))
+	}
+	return path
 }
 
 func (i instance) hostDir() string      { return filepath.Join(i.data, "host") }
@@ -51,11 +66,19 @@ func (i instance) lockPath() string     { return filepath.Join(i.data, "server.l
 
 // uidBase is the first of the user IDs of this instance's VMs. It lies above
 // what distributions and user namespaces give out, and each instance has a
-// range of its own, so that one server's VMs cannot signal another's.
+// range of its own out of 1000, so that one server's VMs can hardly signal
+// another's.
 func (i instance) uidBase() int {
 	const first, ranges, size = 1_900_000_000, 1000, 1 << 16
 	sum := sha256.Sum256([]byte("uids of " + i.data))
 	return first + int(binary.BigEndian.Uint32(sum[:4])%ranges)*size
+}
+
+// probe is how KVM is tried: with the kernel and the rights of the VMs later on.
+// The user ID is the last of the range, which no VM has.
+func (i instance) probe(kernel string) qemu.ProbeConfig {
+	uid := i.uidBase() + 1<<16 - 1
+	return qemu.ProbeConfig{Kernel: kernel, CacheFile: i.probePath(), Deadline: probeLimit, UID: uid, GID: uid}
 }
 
 // makeData makes the data directory. VMs open their disks by path as users of

@@ -191,3 +191,28 @@ func FuzzConfig(f *testing.F) {
 		}
 	})
 }
+
+// TestTwoSpellingsAreOneInstance: a link on the way to the data directory does
+// not make another instance, whether the directory exists yet or not.
+func TestTwoSpellingsAreOneInstance(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Mkdir(filepath.Join(dir, "real"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("real", filepath.Join(dir, "link")); err != nil {
+		t.Fatal(err)
+	}
+	for _, rest := range []string{"", "new/data"} {
+		one, err := newInstance(filepath.Join(dir, "real", rest))
+		if err != nil {
+			t.Fatal(err)
+		}
+		other, err := newInstance(filepath.Join(dir, "link", rest))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if one != other {
+			t.Errorf("%q: %v and %v", rest, one, other)
+		}
+	}
+}

@@ -88,7 +88,7 @@ func guestBinary() (string, error) {
 func openVMM(ctx context.Context, o upOptions, p prepared, log *slog.Logger) (*qemu.Driver, error) {
 	cfg := qemu.Config{Accelerator: o.accel, Reason: "asked for with --accel", Log: log}
 	if o.accel == "auto" {
-		found, err := qemu.Probe(ctx, qemu.ProbeConfig{Kernel: p.kernel, CacheFile: o.inst.probePath(), Deadline: probeLimit})
+		found, err := qemu.Probe(ctx, o.inst.probe(p.kernel))
 		if err != nil {
 			return nil, fmt.Errorf("probe KVM: %w", err)
 		}
