@@ -33,7 +33,9 @@ func main() {
 	// must still be destroyed. Notify, not Ignore, which children would inherit.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	ctx, cancel := context.WithCancelCause(context.Background())
-	go watchSignals(cancel)
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM) // before anything is made that a signal has to undo
+	go watchSignals(signals, cancel)
 	root := newRootCommand()
 	err := root.ExecuteContext(ctx)
 	code := exitCode(ctx, err)
@@ -44,9 +46,7 @@ func main() {
 
 // watchSignals ends the context at the first signal, with its name as the
 // cause, and the process at the second.
-func watchSignals(cancel context.CancelCauseFunc) {
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+func watchSignals(signals <-chan os.Signal, cancel context.CancelCauseFunc) {
 	first := true
 	for s := range signals {
 		number, ok := s.(syscall.Signal)
