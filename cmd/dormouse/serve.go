@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"syscall"
 	"time"
 
@@ -144,6 +145,7 @@ func serve(ctx context.Context, o upOptions, log *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
+	debug.FreeOSMemory() // unpacking a kernel takes much, and only at the first start
 	agent, err := openHost(ctx, o, p, log, &u)
 	if err != nil {
 		return err
