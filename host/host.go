@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/dormouse-sandbox/dormouse/disk"
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 	"github.com/dormouse-sandbox/dormouse/internal/osfs"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 	"github.com/dormouse-sandbox/dormouse/template"
@@ -124,8 +125,8 @@ func Open(ctx context.Context, cfg Config) (_ *Agent, err error) {
 		return nil, fmt.Errorf("host key: %w", err)
 	}
 	if cfg.BootID == "" {
-		if cfg.BootID, err = readBootID(); err != nil {
-			return nil, fmt.Errorf("boot ID: %w", err)
+		if cfg.BootID, err = kernel.BootID(); err != nil {
+			return nil, err
 		}
 	}
 	a := &Agent{

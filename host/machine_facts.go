@@ -53,11 +53,6 @@ func loadKey(path string) (ed25519.PrivateKey, error) {
 	return ed25519.NewKeyFromSeed(seed), nil
 }
 
-func readBootID() (string, error) {
-	data, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(data)), err
-}
-
 // randomBytes never fails: crypto/rand ends the process when the kernel does.
 func randomBytes(n int) []byte {
 	b := make([]byte, n)

@@ -22,7 +22,6 @@ func (a *Agent) recover(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	var unfinished []*box
 	for _, e := range entries {
 		b := newBox(e)
 		a.boxes[e.ID] = b
@@ -31,31 +30,32 @@ func (a *Agent) recover(ctx context.Context) error {
 			a.takeOver(ctx, b)
 		case stateCreating:
 			a.abandon(b)
-			unfinished = append(unfinished, b)
-		case stateDestroying:
-			unfinished = append(unfinished, b)
 		case stateEnded:
 			b.die(errNotRunning(e))
-		}
-	}
-	for _, b := range a.boxes {
-		if b.now().State == stateDestroying && !contains(unfinished, b) {
-			unfinished = append(unfinished, b)
 		}
 	}
 	if err := a.sweep(ctx); err != nil { // what runs has to be looked after all the same
 		a.log.Error("sweep, will try again", "err", err)
 		a.setUnswept()
 	}
-	for _, b := range unfinished {
-		b.op.Lock()
-		err := a.finish(ctx, b)
-		b.op.Unlock()
-		if err != nil {
-			a.log.Error("sandbox not removed yet", "sandbox", b.id, "err", err) // house-keeping goes on with it
-		}
+	for _, b := range a.all() {
+		a.finishLeft(ctx, b)
 	}
 	return nil
+}
+
+// finishLeft removes what is left of a sandbox that an earlier agent was making
+// or removing, or that ended while there was none. House-keeping goes on with
+// what fails.
+func (a *Agent) finishLeft(ctx context.Context, b *box) {
+	b.op.Lock()
+	defer b.op.Unlock()
+	if b.now().State != stateDestroying {
+		return
+	}
+	if err := a.finish(ctx, b); err != nil {
+		a.log.Error("sandbox not removed yet", "sandbox", b.id, "err", err)
+	}
 }
 
 // abandon marks a create that the previous agent did not live to finish.
@@ -173,15 +173,6 @@ func (a *Agent) sweepDirs() error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-func contains(boxes []*box, b *box) bool {
-	for _, other := range boxes {
-		if other == b {
-			return true
-		}
-	}
-	return false
 }
 
 func wrap(what string, err error) error {

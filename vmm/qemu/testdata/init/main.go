@@ -1,4 +1,4 @@
-// The /init of the guests that the tests of vmm/qemu boot. The kernel parameter
+// Command init is the /init of the guests that the tests of vmm/qemu boot. The kernel parameter
 // test.do says what it does after its first line.
 package main
 
