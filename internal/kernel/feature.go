@@ -75,6 +75,13 @@ func NodeGroup(path string) (gid int, ok bool) {
 	return int(st.Gid), st.Mode&0o060 == 0o060
 }
 
+// NodeShut says that a device node is its owner's alone: neither its group nor
+// others may read and write it.
+func NodeShut(path string) bool {
+	var st unix.Stat_t
+	return unix.Stat(path, &st) == nil && st.Mode&0o060 != 0o060 && st.Mode&0o006 != 0o006
+}
+
 // CgroupVersion is 2 where /sys/fs/cgroup is the unified hierarchy, 1 where it
 // is not (the "hybrid" layout counts as 1: its unified part has no controllers).
 func CgroupVersion() (int, error) {

@@ -183,6 +183,24 @@ func TestStatReadsOddCommandNames(t *testing.T) {
 	}
 }
 
+func TestWhoMayOpenANode(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "node")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for mode, want := range map[os.FileMode]bool{0o600: true, 0o640: true, 0o644: true, 0o660: false, 0o606: false, 0o666: false} {
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+		if got := kernel.NodeShut(path); got != want {
+			t.Errorf("%v: shut is %v, want %v", mode, got, want)
+		}
+	}
+	if kernel.NodeShut(path + "/none") {
+		t.Error("what is not there is shut")
+	}
+}
+
 func TestProbesAnswerInSentences(t *testing.T) {
 	for name, probe := range map[string]func() error{"/dev/kvm": kernel.KVM, "/dev/fuse": kernel.FUSE, "/dev/net/tun": kernel.TUN} {
 		_, missing := os.Stat(name)

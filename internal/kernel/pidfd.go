@@ -40,6 +40,31 @@ func NewPidFD(pid, fd int) (*PidFD, error) {
 	return &PidFD{pid: pid, file: os.NewFile(uintptr(fd), fmt.Sprintf("pidfd:%d", pid))}, nil
 }
 
+// HoldChild holds a process that was just started, by the descriptor that
+// os.ProcAttr's PidFD brought, or by its PID where the kernel gave none. It may no
+// longer be used as a child.
+func HoldChild(child *os.Process, pidfd int) (*PidFD, error) {
+	pid := child.Pid
+	_ = child.Release() // the descriptor is how it is held
+	if pidfd < 0 {
+		return OpenPidFD(pid) // it is our child and not reaped, so the PID is still its own
+	}
+	return NewPidFD(pid, pidfd)
+}
+
+// File duplicates one of the process's descriptors (Linux 5.6).
+func (p *PidFD) File(number int) (*os.File, error) {
+	fd, err := -1, os.ErrClosed
+	p.control(func(pidfd int) { fd, err = unix.PidfdGetfd(pidfd, number, 0) })
+	if errors.Is(err, unix.ESRCH) {
+		err = ErrGone
+	}
+	if err != nil {
+		return nil, fmt.Errorf("descriptor %d of pid %d: %w", number, p.pid, err)
+	}
+	return os.NewFile(uintptr(fd), fmt.Sprintf("descriptor %d of pid %d", number, p.pid)), nil
+}
+
 // OpenProcess opens the process that had this PID and start time. If it is
 // gone, or the PID belongs to another one now, the error is ErrGone. A zombie
 // counts as gone; one that is our own child is reaped.

@@ -14,6 +14,7 @@ import (
 type Proc struct {
 	State     byte // 'R', 'S', … ; 'Z' is a zombie: ended, not yet reaped
 	Parent    int
+	Session   int
 	StartTime uint64 // clock ticks since boot; with the PID it names a process for this boot
 }
 
@@ -48,11 +49,15 @@ func parseStat(line string) (Proc, error) {
 	if err != nil {
 		return Proc{}, fmt.Errorf("parent: %w", err)
 	}
+	session, err := strconv.Atoi(fields[3])
+	if err != nil {
+		return Proc{}, fmt.Errorf("session: %w", err)
+	}
 	start, err := strconv.ParseUint(fields[19], 10, 64)
 	if err != nil {
 		return Proc{}, fmt.Errorf("start time: %w", err)
 	}
-	return Proc{State: fields[0][0], Parent: parent, StartTime: start}, nil
+	return Proc{State: fields[0][0], Parent: parent, Session: session, StartTime: start}, nil
 }
 
 func cutLast(s, sep string) (before, after string, ok bool) {

@@ -3,6 +3,7 @@ package testkit
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -26,6 +27,19 @@ func Asset(t testing.TB, name string) string {
 	Require(t, "assets", err == nil, path+" is missing; DORMOUSE_ASSETS names another folder")
 	return path
 }
+
+// Accelerator is how the VMs of whole-system tests run: by software emulation,
+// the same on every machine, or as DORMOUSE_ACCEL says, which in a lab is kvm.
+func Accelerator() string {
+	if accel := os.Getenv("DORMOUSE_ACCEL"); accel != "" {
+		return accel
+	}
+	return "tcg"
+}
+
+// UpFlags are further flags of every "dormouse up" that a test runs: those of
+// DORMOUSE_UP, by which a slow machine gets more time.
+func UpFlags() []string { return strings.Fields(os.Getenv("DORMOUSE_UP")) }
 
 // Long skips a test that takes minutes, unless DORMOUSE_LONG=1 asks for it.
 func Long(t testing.TB, why string) {

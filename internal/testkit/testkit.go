@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -19,11 +20,17 @@ func Require(t testing.TB, name string, holds bool, why string) {
 	if holds {
 		return
 	}
-	required := strings.Split(os.Getenv("REQUIRE"), ",")
-	if slices.Contains(required, name) || slices.Contains(required, "all") {
+	if Demanded(name) {
 		t.Fatalf("REQUIRE=%s is set and %s is missing: %s", os.Getenv("REQUIRE"), name, why)
 	}
 	t.Skipf("needs %s: %s", name, why)
+}
+
+// Demanded says that REQUIRE names a precondition: what depends on it must not be
+// left out.
+func Demanded(name string) bool {
+	required := strings.Split(os.Getenv("REQUIRE"), ",")
+	return slices.Contains(required, name) || slices.Contains(required, "all")
 }
 
 // Root skips the test unless it runs as root.
@@ -39,16 +46,36 @@ func Tool(t testing.TB, name string) {
 	Require(t, name, err == nil, "not on PATH")
 }
 
-// Eventually waits until cond holds, and fails the test after limit.
+// Patience is how long a test waits for what takes a fraction of limit on an
+// ordinary machine: a multiple of it where DORMOUSE_PATIENCE has a factor, as in
+// a lab, whose VMs are emulated twice. It is for waiting, not for what is measured.
+func Patience(limit time.Duration) time.Duration {
+	factor, err := strconv.Atoi(os.Getenv("DORMOUSE_PATIENCE"))
+	if err != nil || factor < 1 {
+		return limit
+	}
+	return limit * time.Duration(factor)
+}
+
+// Eventually waits until cond holds, and fails the test after limit, for which
+// there is Patience.
 func Eventually(t testing.TB, limit time.Duration, what string, cond func() bool) {
 	t.Helper()
+	if !Poll(limit, cond) {
+		t.Fatalf("after %v: not %s", Patience(limit), what)
+	}
+}
+
+// Poll is Eventually for a test that goes on when the condition does not come.
+func Poll(limit time.Duration, cond func() bool) bool {
+	limit = Patience(limit)
 	deadline := time.Now().Add(limit)
 	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		if cond() {
-			return
+			return true
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("after %v: not %s", limit, what)
+			return false
 		}
 		time.Sleep(pause)
 	}
