@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"syscall"
 )
 
 // Kind says what sort of error something is, from the caller's side. One table
@@ -17,20 +18,22 @@ const (
 	KindNotFound     Kind = "not_found"    // no such thing
 	KindExists       Kind = "exists"       // the name is taken
 	KindConflict     Kind = "conflict"     // the thing is in a state that does not allow this
+	KindPaused       Kind = "paused"       // the sandbox is paused: resume it first
 	KindBusy         Kind = "busy"         // out of some capacity for now; retry later
 	KindTooLarge     Kind = "too_large"    // the body is over its bound
 	KindNoSpace      Kind = "no_space"     // a disk is full: the host's or the sandbox's
 	KindTimeout      Kind = "timeout"      // it took longer than it was allowed to
 	KindUnsupported  Kind = "unsupported"  // this machine or this build cannot do it
 	KindTransient    Kind = "transient"    // a part of the system does not answer right now; retry
+	KindUnanswered   Kind = "unanswered"   // nothing answers at that port of the sandbox, or nothing that makes sense
 	KindInternal     Kind = "internal"     // our fault
 )
 
 // Kinds lists every kind, for tables that must be complete.
 func Kinds() []Kind {
 	return []Kind{
-		KindInvalid, KindUnauthorized, KindNotFound, KindExists, KindConflict, KindBusy, KindTooLarge,
-		KindNoSpace, KindTimeout, KindUnsupported, KindTransient, KindInternal,
+		KindInvalid, KindUnauthorized, KindNotFound, KindExists, KindConflict, KindPaused, KindBusy, KindTooLarge,
+		KindNoSpace, KindTimeout, KindUnsupported, KindTransient, KindUnanswered, KindInternal,
 	}
 }
 
@@ -54,6 +57,20 @@ func WithKind(kind Kind, err error) error {
 		return nil
 	}
 	return &Error{Kind: kind, Err: err}
+}
+
+// DiskFull reports whether err is the operating system's word for a disk without
+// room, or for a quota that is used up.
+func DiskFull(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+}
+
+// NoSpace gives the error of a full disk its kind, and leaves every other one.
+func NoSpace(err error) error {
+	if DiskFull(err) {
+		return WithKind(KindNoSpace, err)
+	}
+	return err
 }
 
 // KindOf finds the outermost kind in err's chain. An expired context counts as

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"syscall"
 	"testing"
 
 	"github.com/dormouse-sandbox/dormouse/sandbox"
@@ -62,5 +63,19 @@ func TestKindsAreDistinct(t *testing.T) {
 			t.Errorf("kind %q is empty or there twice", k)
 		}
 		seen[k] = true
+	}
+}
+
+func TestFullDisksHaveAKind(t *testing.T) {
+	for _, err := range []error{syscall.ENOSPC, syscall.EDQUOT, fmt.Errorf("write: %w", &fs.PathError{Op: "write", Path: "x", Err: syscall.ENOSPC})} {
+		if got := sandbox.NoSpace(err); !sandbox.Is(got, sandbox.KindNoSpace) || got.Error() != err.Error() || !sandbox.DiskFull(err) {
+			t.Errorf("%v: %v, kind %s", err, got, sandbox.KindOf(got))
+		}
+	}
+	busy := sandbox.Errorf(sandbox.KindBusy, "no slot")
+	for _, err := range []error{busy, syscall.EIO, nil} {
+		if got := sandbox.NoSpace(err); got != err || sandbox.DiskFull(err) {
+			t.Errorf("%v: %v", err, got)
+		}
 	}
 }

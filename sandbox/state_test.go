@@ -68,6 +68,7 @@ func TestCausesRest(t *testing.T) {
 	for cause, want := range map[sandbox.Cause]sandbox.State{
 		sandbox.CauseUser: sandbox.Gone, sandbox.CauseTTL: sandbox.Gone, sandbox.CauseShutdown: sandbox.Gone,
 		sandbox.CauseCreateFailed: sandbox.Failed, sandbox.CauseBootTimeout: sandbox.Failed, sandbox.CauseAgentCrash: sandbox.Failed,
+		sandbox.CauseStartFailed: sandbox.Failed, sandbox.CauseNotReady: sandbox.Failed,
 		sandbox.CauseGuestExit: sandbox.Failed, sandbox.CauseOOMGuest: sandbox.Failed, sandbox.CauseVMMCrash: sandbox.Failed,
 		sandbox.CauseHostReboot: sandbox.Failed, sandbox.CauseHostLost: sandbox.Failed, sandbox.CausePagerFault: sandbox.Failed,
 	} {
