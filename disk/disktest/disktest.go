@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"sync"
 	"syscall"
 	"testing"
@@ -47,6 +48,20 @@ func Run(t *testing.T, fresh func(t *testing.T) Harness) {
 		{"Remove twice, and after the directory is gone", removeTwice},
 		{"a cancelled Create leaves nothing", cancelled},
 		{"the overlay belongs to the VMM's user", owned},
+		{"a driver has a name", named},
+		{"Discard takes a disk away whose base is gone", discardWithoutBase},
+		{"Discard of nothing, and of a place that cannot be", discardNothing},
+		{"Sweep spares what it is told to keep, and the data of all disks", sweepSpares},
+		{"Check finds nothing where nothing is wrong", checkFindsNothing},
+		{"a new disk has not changed", nothingChanged},
+		{"Changed has every block that was written, zeros too", changedHasAll},
+		{"Changed after Close and Restore", changedSurvives},
+		{"a disk moves on, and what it was before stays", movesOn},
+		{"a disk that was not written to stays where it is", staysWhereItIs},
+		{"a prepared move is one move", preparedMove},
+		{"a move that fails leaves a whole disk", failedMove},
+		{"a disk moves on so often, and then says so", movesAreBounded},
+		{"writes, moves and restarts at random", atRandom},
 	} {
 		t.Run(tt.name, func(t *testing.T) { tt.test(t, fresh(t)) })
 	}
@@ -333,4 +348,100 @@ func owned(t *testing.T, h Harness) {
 	if int(st.Uid) != config.UID || int(st.Gid) != config.GID || info.Mode().Perm()&0o077 != 0 {
 		t.Errorf("uid %d, gid %d, mode %v", st.Uid, st.Gid, info.Mode())
 	}
+}
+
+func named(t *testing.T, h Harness) {
+	if !regexp.MustCompile(`^[a-z]{2,16}$`).MatchString(h.Driver.Name()) {
+		t.Errorf("the driver is called %q, which is no word for a record", h.Driver.Name())
+	}
+}
+
+func discardWithoutBase(t *testing.T, h Harness) {
+	kept := create(t, h, configOver(t, Base(t)))
+	h.Write(t, kept, 0, []byte("kept"))
+	config := configOver(t, Base(t))
+	d := create(t, h, config)
+	h.Write(t, d, 0, []byte("lost"))
+	if err := d.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(config.Base); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Driver.Restore(t.Context(), config); !sandbox.Is(err, sandbox.KindNotFound) {
+		t.Errorf("Restore over nothing: %v", err)
+	}
+	for range 2 { // what is gone already is success
+		if err := h.Driver.Discard(t.Context(), config.Dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	empty(t, config.Dir)
+	expect(t, h, kept, 0, "kept")
+}
+
+func discardNothing(t *testing.T, h Harness) {
+	config := configOver(t, Base(t))
+	for _, dir := range []string{config.Dir, filepath.Join(config.Dir, "missing")} {
+		if err := h.Driver.Discard(t.Context(), dir); err != nil {
+			t.Errorf("%s: %v", dir, err)
+		}
+	}
+	for _, dir := range []string{"", ".", "relative/dir"} {
+		if err := h.Driver.Discard(t.Context(), dir); !sandbox.Is(err, sandbox.KindInvalid) {
+			t.Errorf("directory %q: %v, want kind %s", dir, err, sandbox.KindInvalid)
+		}
+	}
+}
+
+func sweepSpares(t *testing.T, h Harness) {
+	base := Base(t)
+	configs := []disk.Config{configOver(t, base), configOver(t, base)}
+	a, b := create(t, h, configs[0]), create(t, h, configs[1])
+	h.Write(t, a, 0, []byte("of a"))
+	h.Write(t, b, 0, []byte("of b"))
+	if err := h.Driver.Sweep(t.Context(), []string{configs[0].Dir}); err != nil {
+		t.Fatal(err)
+	}
+	expect(t, h, a, 0, "of a")
+	// What it takes from the host it leaves in the directory.
+	b, err := h.Driver.Restore(t.Context(), configs[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	expect(t, h, b, 0, "of b")
+	if err := h.Driver.Sweep(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []string{"of a", "of b"} {
+		d, err := h.Driver.Restore(t.Context(), configs[i])
+		if err != nil {
+			t.Fatal(err)
+		}
+		expect(t, h, d, 0, want)
+	}
+}
+
+func checkFindsNothing(t *testing.T, h Harness) {
+	check := func(when string) {
+		report, err := h.Driver.Check(t.Context())
+		if err != nil || len(report.Damage)+len(report.Broken) > 0 {
+			t.Errorf("%s: %+v, %v", when, report, err)
+		}
+	}
+	check("without a disk")
+	config := configOver(t, Base(t))
+	d := create(t, h, config)
+	check("with a new disk")
+	h.Write(t, d, mib, make2(mib))
+	expect(t, h, d, 0, "start of base")
+	check("with a disk in use")
+	if err := d.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	check("with a closed disk")
+	if err := h.Driver.Discard(t.Context(), config.Dir); err != nil {
+		t.Fatal(err)
+	}
+	check("without a disk again")
 }

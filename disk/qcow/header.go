@@ -5,9 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"os"
-	"syscall"
 )
 
 // header is what matters in the header of an overlay (docs/interop/qcow2.txt in
@@ -31,20 +28,13 @@ const (
 	bitDataFile    = 1 << 2 // the data are in another file, named in the header
 )
 
-// readHeader reads a regular file, without following a link.
+// readHeader reads the header of a regular file.
 func readHeader(path string) (header, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	f, err := openRegular(path)
 	if err != nil {
 		return header{}, err
 	}
 	defer func() { _ = f.Close() }() // read only
-	info, err := f.Stat()
-	if err != nil {
-		return header{}, err
-	}
-	if !info.Mode().IsRegular() {
-		return header{}, errors.New("not a regular file")
-	}
 	data, err := io.ReadAll(io.LimitReader(f, maxHeader))
 	if err != nil {
 		return header{}, err
@@ -105,17 +95,4 @@ func slice(data []byte, at uint64, length uint32) ([]byte, error) {
 		return nil, fmt.Errorf("%d bytes at %d are beyond the header", length, at)
 	}
 	return data[at : at+uint64(length)], nil
-}
-
-// Allocated counts blocks, not bytes: the file is sparse.
-func (o *overlay) Allocated() (int64, error) {
-	info, err := os.Lstat(o.path)
-	if err != nil {
-		return 0, fmt.Errorf("size of disk: %w", err)
-	}
-	st, ok := info.Sys().(*syscall.Stat_t)
-	if !ok {
-		return 0, fmt.Errorf("size of disk: %w", fs.ErrInvalid)
-	}
-	return st.Blocks * 512, nil // st_blocks is in units of 512 bytes whatever the file system
 }

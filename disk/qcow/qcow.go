@@ -19,16 +19,15 @@ import (
 	"path/filepath"
 	"regexp"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/dormouse-sandbox/dormouse/disk"
 	"github.com/dormouse-sandbox/dormouse/internal/osfs"
+	"github.com/dormouse-sandbox/dormouse/internal/sparse"
 	"github.com/dormouse-sandbox/dormouse/internal/undo"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
-
-// overlayName is the overlay's name in Config.Dir.
-const overlayName = "overlay.qcow2"
 
 // sector is what disk sizes are multiples of, in bytes.
 const sector = 512
@@ -90,31 +89,36 @@ func (d *Driver) Create(ctx context.Context, config disk.Config) (_ disk.Disk, e
 	if err := check(config); err != nil {
 		return nil, err
 	}
-	path := filepath.Join(config.Dir, overlayName)
+	config.Dir = filepath.Clean(config.Dir)
+	path := overlayPath(config.Dir, 0)
 	if _, err := os.Lstat(path); err == nil {
 		return nil, sandbox.Errorf(sandbox.KindExists, "%s exists", path)
+	}
+	if err := removeFiles("disk-overlay-before", config.Dir); err != nil { // of a disk that was half removed
+		return nil, err
 	}
 	if err := admit(config); err != nil {
 		return nil, err
 	}
-	if err := d.publish(ctx, config, path); err != nil {
+	if err := d.publish(ctx, config, 0); err != nil {
 		return nil, err
 	}
-	return &overlay{path}, nil
+	return &overlay{d: d, config: config}, nil
 }
 
-// publish makes the overlay under a temporary name and renames it: after a
+// publish makes the n-th overlay under a temporary name and renames it: after a
 // crash it is whole or not there.
-func (d *Driver) publish(ctx context.Context, config disk.Config, path string) (err error) {
+func (d *Driver) publish(ctx context.Context, config disk.Config, n int) (err error) {
+	path := overlayPath(config.Dir, n)
 	var u undo.Stack
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, u.Run(ctx))
 		}
 	}()
-	temp := filepath.Join(config.Dir, ".tmp-"+overlayName)
-	u.PushClose("temporary overlay", func() error { return removeFile(temp) })
-	if err := d.make(ctx, config, temp); err != nil {
+	temp := filepath.Join(config.Dir, tempName)
+	u.PushClose("temporary overlay", func() error { return removeFile("disk-overlay", temp) })
+	if err := d.make(ctx, headerOf(config, n), temp); err != nil {
 		return err
 	}
 	if err := os.Chmod(temp, 0o600); err != nil {
@@ -126,15 +130,16 @@ func (d *Driver) publish(ctx context.Context, config disk.Config, path string) (
 	if err := osfs.SyncDir(temp); err != nil { // fsync, which is the same call for a file
 		return err
 	}
-	u.PushClose("overlay", func() error { return removeFile(path) }) // a rename may be done and not durable
+	u.PushClose("overlay", func() error { return removeFile("disk-overlay", path) }) // a rename may be done and not durable
 	return osfs.Rename("disk-overlay", temp, path)
 }
 
-// make runs qemu-img.
-func (d *Driver) make(ctx context.Context, config disk.Config, path string) error {
+// make runs qemu-img. It does not look into what the overlay lies on: a VMM wrote
+// that, unless it is the base.
+func (d *Driver) make(ctx context.Context, h header, path string) error {
 	var said bytes.Buffer
-	cmd := exec.CommandContext(ctx, d.qemuImg, "create", "-q", "-f", "qcow2", "-o", d.options,
-		"-F", "raw", "-b", config.Base, path, strconv.FormatInt(config.SizeBytes, 10))
+	cmd := exec.CommandContext(ctx, d.qemuImg, "create", "-q", "-u", "-f", "qcow2", "-o", d.options,
+		"-F", h.format, "-b", h.backing, path, strconv.FormatInt(h.size, 10))
 	cmd.Stderr, cmd.Stdout = &said, &said
 	err := cmd.Run()
 	if err == nil {
@@ -156,37 +161,98 @@ func (d *Driver) Restore(ctx context.Context, config disk.Config) (disk.Disk, er
 	if err := errors.Join(ctx.Err(), check(config)); err != nil {
 		return nil, fmt.Errorf("restore disk: %w", err)
 	}
-	path := filepath.Join(config.Dir, overlayName)
-	got, err := readHeader(path)
+	config.Dir = filepath.Clean(config.Dir)
+	top, err := findLine(config)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, sandbox.Errorf(sandbox.KindNotFound, "restore disk: %w", err)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("restore disk: %s: %w", path, err)
+		return nil, fmt.Errorf("restore disk: %w", err)
 	}
-	want := header{backing: config.Base, format: "raw", size: config.SizeBytes}
-	if got != want {
-		return nil, sandbox.Errorf(sandbox.KindConflict, "restore disk: %s is %v, not %v", path, got, want)
-	}
-	return &overlay{path}, nil
+	return &overlay{d: d, config: config, top: top}, nil
 }
 
-// overlay is one disk. It holds nothing open.
-type overlay struct{ path string }
+// Name is "qcow".
+func (d *Driver) Name() string { return "qcow" }
 
-func (o *overlay) Path() string                { return o.path }
+// Discard deletes the overlays in dir.
+func (d *Driver) Discard(ctx context.Context, dir string) error {
+	if !filepath.IsAbs(dir) {
+		return sandbox.Errorf(sandbox.KindInvalid, "discard disk: directory %q must be an absolute path", dir)
+	}
+	return (&overlay{d: d, config: disk.Config{Dir: filepath.Clean(dir)}}).Remove(ctx)
+}
+
+// Sweep has nothing to do: a disk is a file in its own directory.
+func (d *Driver) Sweep(context.Context, []string) error { return nil }
+
+// Check finds nothing: nobody looks at what QEMU reads of a base.
+func (d *Driver) Check(context.Context) (disk.Report, error) { return disk.Report{}, nil }
+
+// overlay is one disk. It holds nothing open.
+type overlay struct {
+	d      *Driver
+	config disk.Config
+
+	mu    sync.Mutex // guards what is below
+	top   int        // the last overlay of the line
+	spare bool       // there is one more, which no VMM was told of
+	known bool       // that the VMM writes to the last one
+}
+
+// Path is the last overlay's.
+func (o *overlay) Path() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return overlayPath(o.config.Dir, o.top)
+}
+
 func (o *overlay) Format() string              { return "qcow2" }
 func (o *overlay) Close(context.Context) error { return nil }
 
-// Remove deletes the overlay, and what an interrupted Create left beside it.
-func (o *overlay) Remove(context.Context) error {
-	dir := filepath.Dir(o.path)
-	return errors.Join(removeFile(filepath.Join(dir, ".tmp-"+overlayName)), removeFile(o.path))
+// Allocated counts blocks, not bytes: the files are sparse.
+func (o *overlay) Allocated() (total int64, _ error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	last := o.top
+	if o.spare {
+		last++
+	}
+	for i := range last + 1 {
+		n, err := sparse.AllocatedAt(overlayPath(o.config.Dir, i))
+		if err != nil {
+			return 0, fmt.Errorf("size of disk: %w", err)
+		}
+		total += n
+	}
+	return total, nil
 }
 
-// removeFile removes durably; the directory may be gone too.
-func removeFile(path string) error {
-	if err := osfs.Remove("disk-overlay", path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+// Remove deletes the overlays, and what an interrupted Create left beside them.
+func (o *overlay) Remove(context.Context) error { return removeFiles("disk-overlay", o.config.Dir) }
+
+const tempName = ".tmp-" + overlayName
+
+// removeFiles deletes the first overlay first: with it goes the disk, and Create
+// takes away what is left of the others. The directory may be gone too.
+func removeFiles(op, dir string) error {
+	numbers, err := later(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove disk: %w", err)
+	}
+	errs := []error{removeFile(op, filepath.Join(dir, tempName)), removeFile(op, overlayPath(dir, 0))}
+	if errs[1] != nil {
+		return errors.Join(errs...)
+	}
+	for _, n := range numbers {
+		errs = append(errs, removeFile(op, overlayPath(dir, n)))
+	}
+	return errors.Join(errs...)
+}
+
+// removeFile removes durably, as the step op; the directory may be gone too.
+func removeFile(op, path string) error {
+	if err := osfs.Remove(op, path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove disk: %w", err)
 	}
 	return nil
