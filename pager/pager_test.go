@@ -1,0 +1,238 @@
+package pager_test
+
+import (
+	"bytes"
+	"errors"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
+	"github.com/dormouse-sandbox/dormouse/internal/testkit"
+	"github.com/dormouse-sandbox/dormouse/pager"
+	"github.com/dormouse-sandbox/dormouse/pager/fuse"
+)
+
+// source has images of numbers: image n is n times the byte n.
+type source struct{ opened, closed atomic.Int64 }
+
+type image struct {
+	*bytes.Reader
+	all *source
+}
+
+func (i image) Bytes() int64 { return i.Size() }
+func (i image) Close() error { i.all.closed.Add(1); return nil }
+
+func (s *source) Open(name string) (pager.Image, error) {
+	n, err := strconv.Atoi(name)
+	if err != nil || n < 1 || n > 200 {
+		return nil, fs.ErrNotExist
+	}
+	s.opened.Add(1)
+	return image{bytes.NewReader(bytes.Repeat([]byte{byte(n)}, n*10_000)), s}, nil
+}
+
+func (s *source) Names() ([]string, error) {
+	var names []string
+	for n := 1; n <= 200; n++ {
+		names = append(names, strconv.Itoa(n))
+	}
+	return names, nil
+}
+
+// TestServerInAChild is the page server of the other tests.
+func TestServerInAChild(t *testing.T) {
+	if os.Getenv("PAGER_CHILD") == "" {
+		return // it is another test's process
+	}
+	files := pager.NewFiles(&source{}, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	if err := fuse.Serve(os.NewFile(pager.DeviceFD, "fuse"), os.NewFile(pager.SlotsFD, "slots"), files); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func config(t *testing.T) pager.Config {
+	t.Helper()
+	testkit.Root(t)
+	if err := kernel.FUSE(); err != nil {
+		testkit.Require(t, "fuse", false, err.Error())
+	}
+	t.Setenv("PAGER_CHILD", "1")
+	cfg := pager.Config{
+		Dir: filepath.Join(t.TempDir(), "p"), Command: []string{os.Args[0], "-test.run=^TestServerInAChild$"},
+		Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+	}
+	t.Cleanup(func() {
+		if err := pager.Sweep(t.Context(), cfg.Dir); err != nil {
+			t.Error(err)
+		}
+		mounts, err := os.ReadFile("/proc/self/mounts")
+		if err != nil || strings.Contains(string(mounts), cfg.Dir) {
+			t.Errorf("still mounted (%v)", err)
+		}
+	})
+	return cfg
+}
+
+func open(t *testing.T, cfg pager.Config) *pager.Pager {
+	t.Helper()
+	p, err := pager.Open(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// pid is the server's, as it is written down.
+func pid(t *testing.T, cfg pager.Config) int {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(cfg.Dir, "pager.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rest, _ := strings.CutPrefix(string(data), `{"pid":`)
+	n, err := strconv.Atoi(rest[:strings.IndexByte(rest, ',')])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// right reads a whole image past the page cache.
+func right(t *testing.T, p *pager.Pager, n int) {
+	t.Helper()
+	f, err := p.File(strconv.Itoa(n))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }() // nothing was written
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, n*10_000)
+	if _, err := f.ReadAt(got, 0); err != nil || !bytes.Equal(got, bytes.Repeat([]byte{byte(n)}, len(got))) {
+		t.Errorf("image %d: %v", n, err)
+	}
+}
+
+func TestKilledServerIsReplaced(t *testing.T) {
+	cfg := config(t)
+	p := open(t, cfg)
+	held, err := p.File("7") // the kernel keeps what it knows of it
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = held.Close() }() // nothing was written
+	for range 5 {
+		before := pid(t, cfg)
+		right(t, p, 7)
+		right(t, p, 100)
+		if err := unix.Kill(before, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		right(t, p, 7) // whoever asks meanwhile waits for the next
+		testkit.Eventually(t, 10*time.Second, "another server", func() bool { return pid(t, cfg) != before })
+	}
+	if err := p.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestServerOutlivesItsHolder: the next one takes it over, and replaces it when it
+// dies.
+func TestServerOutlivesItsHolder(t *testing.T) {
+	cfg := config(t)
+	p := open(t, cfg)
+	right(t, p, 3)
+	before := pid(t, cfg)
+	for range 2 {
+		if err := p.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p = open(t, cfg)
+	if after := pid(t, cfg); after != before {
+		t.Errorf("server %d became %d", before, after)
+	}
+	right(t, p, 3)
+	if err := unix.Kill(before, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	right(t, p, 4)
+	if err := p.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+	for _, name := range []string{"pager.json", "images/3"} {
+		if _, err := os.Stat(filepath.Join(cfg.Dir, name)); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("after Stop there is %s (%v)", name, err)
+		}
+	}
+}
+
+// TestBothAreGone: a new server on a new mount.
+func TestBothAreGone(t *testing.T) {
+	cfg := config(t)
+	p := open(t, cfg)
+	before := pid(t, cfg)
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Kill(before, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	testkit.Eventually(t, 10*time.Second, "it is gone", func() bool {
+		stat, err := kernel.StatProc(before)
+		return err != nil || stat.State == 'Z'
+	})
+	p = open(t, cfg)
+	right(t, p, 5)
+	if err := p.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestFilesAreClosedWhenForgotten(t *testing.T) {
+	s := &source{}
+	f := pager.NewFiles(s, slog.New(slog.DiscardHandler))
+	node, size, err := f.Resolve("9")
+	if err != nil || size != 90_000 {
+		t.Fatal(size, err)
+	}
+	buf := make([]byte, 100)
+	if err := f.ReadAt(node, buf, 50); err != nil || buf[0] != 9 {
+		t.Errorf("%v, %v", buf[0], err)
+	}
+	f.Forget(node)
+	if s.opened.Load() != 1 || s.closed.Load() != 1 {
+		t.Errorf("opened %d, closed %d", s.opened.Load(), s.closed.Load())
+	}
+	if err := f.ReadAt(node, buf, 89_900); err != nil { // a read that had been on its way
+		t.Error(err)
+	}
+	if err := f.ReadAt(node, buf, 89_901); err == nil {
+		t.Error("a read behind the end: no error")
+	}
+	if _, _, err := f.Resolve("nothing"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a name that is none: %v", err)
+	}
+	// Another server knows the node by its name alone.
+	other := pager.NewFiles(s, slog.New(slog.DiscardHandler))
+	if got, err := other.Size(node); err != nil || got != size {
+		t.Errorf("%d, %v", got, err)
+	}
+	if _, err := other.Size(1 << 62); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a node that is none: %v", err)
+	}
+	if err := errors.Join(f.Close(), other.Close()); err != nil || s.opened.Load() != s.closed.Load() {
+		t.Errorf("opened %d, closed %d, %v", s.opened.Load(), s.closed.Load(), err)
+	}
+}
