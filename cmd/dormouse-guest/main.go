@@ -5,12 +5,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
 	"net"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -23,7 +25,9 @@ import (
 	"github.com/dormouse-sandbox/dormouse/guest/boot"
 	"github.com/dormouse-sandbox/dormouse/guest/exec"
 	"github.com/dormouse-sandbox/dormouse/guest/files"
+	"github.com/dormouse-sandbox/dormouse/guest/freezer"
 	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
+	"github.com/dormouse-sandbox/dormouse/guest/hooks"
 	"github.com/dormouse-sandbox/dormouse/guest/identity"
 	"github.com/dormouse-sandbox/dormouse/guest/reap"
 )
@@ -75,10 +79,12 @@ func serveGuest(began time.Time) error {
 	if err != nil {
 		return fmt.Errorf("listen: %w", err)
 	}
-	cfg := configure(account.Dir("/etc"), defaultUser("/etc"), "", system.UserCgroup)
-	cfg.Machine = system
+	cfg, reaper := configure(account.Dir("/etc"), defaultUser("/etc"), "", system.UserCgroup, guestapi.Records)
+	restorable(&cfg, reaper, system)
+	cfg.PowerOff = stop
 	if len(system.Boot.HostKey) > 0 {
 		cfg.Verifier = guestapi.NewVerifier(system.Boot.HostKey)
+		cfg.Identity.BootedAs(system.Boot.SandboxID)
 	}
 	for _, warning := range system.Warnings {
 		fmt.Fprintf(os.Stderr, "dormouse-guest: warning: %s\n", warning)
@@ -96,7 +102,7 @@ func serveGuest(began time.Time) error {
 }
 
 // configure builds the parts. PID 1 reaps strangers as well.
-func configure(accounts account.Dir, user, workdir, cgroup string) agent.Config {
+func configure(accounts account.Dir, user, workdir, cgroup, records string) (agent.Config, *reap.Reaper) {
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	current := identity.New(accounts, user, workdir)
 	reaper := &reap.Reaper{}
@@ -105,10 +111,26 @@ func configure(accounts account.Dir, user, workdir, cgroup string) agent.Config 
 	}
 	return agent.Config{
 		Identity: current,
-		Exec:     exec.New(exec.Config{Identity: current, Reaper: reaper, Cgroup: cgroup, Log: log}),
+		Exec:     exec.New(exec.Config{Identity: current, Reaper: reaper, Cgroup: cgroup, Records: records, Log: log}),
 		Files:    files.New(current, log),
 		Log:      log,
+	}, reaper
+}
+
+// restorable adds what only a machine has: it can be frozen, saved, and told that
+// it is a copy.
+func restorable(cfg *agent.Config, reaper *reap.Reaper, system *boot.System) {
+	cfg.Machine = system
+	runner := &hooks.Runner{
+		Dir: hooks.Dir, Reaper: reaper, Path: boot.Path, Limit: guestapi.HookLimit, Total: guestapi.HooksLimit,
+		Log: slog.New(slog.NewTextHandler(os.Stderr, nil)), // what they say is for the console
 	}
+	if system.UserCgroup != "" {
+		cfg.Freezer = freezer.New(filepath.Dir(system.UserCgroup), boot.AgentCgroup, boot.HookCgroup)
+		runner.Cgroup = system.HookCgroup
+		runner.Leftovers = filepath.Join(system.UserCgroup, "hooks")
+	}
+	cfg.Hooks = runner.Run
 }
 
 // defaultUser is who runs commands until the host says otherwise.
@@ -138,5 +160,6 @@ func runPlain(args []string) error {
 		return fmt.Errorf("listen: %w", err)
 	}
 	fmt.Println("listening on", listener.Addr())
-	return agent.New(configure("/etc", *user, *workdir, "")).Serve(ctx, listener)
+	cfg, _ := configure("/etc", *user, *workdir, "", "")
+	return errors.Join(agent.New(cfg).Serve(ctx, listener), cfg.Files.Close())
 }

@@ -95,3 +95,29 @@ func FuzzResolve(f *testing.F) {
 		}
 	})
 }
+
+// FuzzAccounts: the root of a guest writes these files. Whoever is found is
+// named as he was asked for.
+func FuzzAccounts(f *testing.F) {
+	f.Add(passwd, group, "user")
+	f.Add("a:b:1:2:c:d:e\na:::::::\n:x:0:0:::\n", "::::\nx:x:4294967296:\n", "a")
+	f.Add("\xff:x:-1:1:::\x00", "\x00", "\xff")
+	d := account.Dir(f.TempDir())
+	f.Fuzz(func(t *testing.T, passwd, group, name string) {
+		for file, text := range map[string]string{"passwd": passwd, "group": group} {
+			if err := os.WriteFile(filepath.Join(string(d), file), []byte(text), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		u, err := d.User(name)
+		if err == nil && (u.Name != name || name == "") {
+			t.Errorf("asked for %q, found %+v", name, u)
+		}
+		if err != nil {
+			return
+		}
+		if again, err := d.ByUID(u.UID); err != nil || again.UID != u.UID {
+			t.Errorf("%q has uid %d, which is nobody's: %+v, %v", name, u.UID, again, err)
+		}
+	})
+}

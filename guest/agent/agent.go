@@ -2,9 +2,15 @@
 // services, and /health, /init, /files, /metrics and /envs of the guest's
 // contract, on one port for HTTP/1.1 and cleartext HTTP/2.
 //
-// Everything but /health and /init needs the sandbox's token. An agent that
-// knows the host's key takes an /init only with the host's signature, and
-// answers nothing else before the first one.
+// Everything but /health and control calls needs the sandbox's token. An agent
+// that knows the host's key takes an /init only with the host's signature, and
+// answers no user before the first one.
+//
+// Control calls are those that only the host may make: /init says who this machine
+// is; /poweroff ends it; /freeze makes its user processes stand still before it is saved, and /thaw
+// lets them go on in the same machine. In a copy that was restored they go on when
+// its /init has been done to the end, in this order: clock, random numbers, names,
+// connections and calls of the past, token and environment, the image's hooks.
 package agent
 
 import (
@@ -36,14 +42,30 @@ type Config struct {
 	Verifier *guestapi.Verifier
 	// Machine is changed by a signed /init. Nil changes nothing.
 	Machine Machine
-	Log     *slog.Logger
+	// Freezer makes user processes stand still. Without one /freeze is unsupported.
+	Freezer Freezer
+	// Hooks runs those of the image, for a sandbox that goes on after a restore. Nil
+	// runs none. It returns when they have ended, whatever they do.
+	Hooks func(context.Context, identity.Identity) []guestapi.Hook
+	// PowerOff begins the machine's end and returns. Nil: a plain process has none.
+	PowerOff func()
+	Log      *slog.Logger
 }
 
 // Machine is the part of a signed /init that concerns the whole guest.
 type Machine interface {
 	SetClock(time.Time) error
 	SetHostname(string) error
+	// AddEntropy makes random numbers differ from those of every other copy.
 	AddEntropy([]byte) error
+	// NewMachineID makes a new one where the image has one.
+	NewMachineID() error
+	// EndPast ends the TCP connections of user processes to the outside, and says
+	// how many. It tries all that it can.
+	EndPast() (dropped int, err error)
+	// Life names the life of this machine: another one after each start and each
+	// restore. It is empty where nobody can tell.
+	Life() (string, error)
 }
 
 // Agent answers requests.
@@ -52,6 +74,8 @@ type Agent struct {
 	mux     *http.ServeMux
 	errors  *connect.ErrorWriter
 	metrics meter
+	era     *era
+	still   *stillness
 }
 
 // New builds an agent.
@@ -59,7 +83,7 @@ func New(cfg Config) *Agent {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	a := &Agent{cfg: cfg, mux: http.NewServeMux(), errors: connect.NewErrorWriter()}
+	a := &Agent{cfg: cfg, mux: http.NewServeMux(), errors: connect.NewErrorWriter(), era: newEra(), still: newStillness()}
 	options := []connect.HandlerOption{
 		connect.WithReadMaxBytes(exec.MaxMessage),
 		connect.WithCompression("gzip", nil, nil), // the wire is a TAP on one machine: bytes are cheaper than cycles
@@ -72,7 +96,10 @@ func New(cfg Config) *Agent {
 	a.mux.Handle("GET /metrics", a.guarded(http.HandlerFunc(a.serveMetrics)))
 	a.mux.Handle("GET /envs", a.guarded(http.HandlerFunc(a.serveEnvs)))
 	a.mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
-	a.mux.HandleFunc("POST /init", a.serveInit)
+	a.mux.HandleFunc("POST "+guestapi.PathInit, a.serveInit)
+	a.mux.HandleFunc("POST "+guestapi.PathFreeze, a.serveFreeze)
+	a.mux.HandleFunc("POST "+guestapi.PathThaw, a.serveThaw)
+	a.mux.HandleFunc("POST "+guestapi.PathPowerOff, a.servePowerOff)
 	return a
 }
 
@@ -89,6 +116,8 @@ func (a *Agent) Serve(ctx context.Context, l net.Listener) error {
 		Protocols:         protocols,
 		ReadHeaderTimeout: 30 * time.Second,
 		MaxHeaderBytes:    64 << 10,
+		ConnState:         a.era.track,
+		ConnContext:       withConn,
 		ErrorLog:          slog.NewLogLogger(a.cfg.Log.Handler(), slog.LevelDebug), // a client's mistakes are not the operator's
 	}
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() }) // Serve says what came of it
@@ -99,8 +128,10 @@ func (a *Agent) Serve(ctx context.Context, l net.Listener) error {
 	return nil
 }
 
-// introduced turns away what comes before the host has said who this is.
+// introduced turns away what comes before the host has said who this is. What it
+// lets through ends when he says that it is somebody else.
 func (a *Agent) introduced(next http.Handler) http.Handler {
+	next = a.era.belonging(next)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if a.cfg.Verifier != nil && a.cfg.Identity.Get().Token == "" {
 			a.unauthorized(w, r, "the sandbox has no identity yet")

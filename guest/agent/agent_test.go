@@ -20,36 +20,6 @@ import (
 	"github.com/dormouse-sandbox/dormouse/guest/guesttest"
 )
 
-// machine records what a signed /init changes.
-type machine struct {
-	mu       sync.Mutex
-	clock    time.Time
-	hostname string
-	entropy  []byte
-	fail     error
-}
-
-func (m *machine) SetClock(at time.Time) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.clock = at
-	return m.fail
-}
-
-func (m *machine) SetHostname(name string) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.hostname = name
-	return nil
-}
-
-func (m *machine) AddEntropy(data []byte) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.entropy = data
-	return nil
-}
-
 func do(t *testing.T, method, url string, header http.Header, body []byte) (int, string) {
 	t.Helper()
 	req, err := http.NewRequest(method, url, bytes.NewReader(body))
@@ -188,8 +158,9 @@ func TestInitSignedByTheHost(t *testing.T) {
 	}
 	at := time.Now().UTC().Truncate(time.Second)
 	init := body(t, guestapi.Init{AccessToken: "one", SandboxID: "abc", Hostname: "box", Timestamp: at.Format(time.RFC3339), Entropy: []byte("random")})
+	me := "" // it was booted as nobody
 	signed := func(data []byte) http.Header {
-		return http.Header{guestapi.HeaderSignature: {guestapi.Sign(private, "POST", "/init", time.Now(), data)}}
+		return http.Header{guestapi.HeaderSignature: {guestapi.Sign(private, me, "POST", "/init", time.Now(), data)}}
 	}
 	if status, _ := do(t, "POST", g.URL+"/init", nil, init); status != 401 {
 		t.Errorf("unsigned: %d", status)
@@ -204,6 +175,12 @@ func TestInitSignedByTheHost(t *testing.T) {
 	if status, _ := do(t, "POST", g.URL+"/init", header, init); status != 401 {
 		t.Errorf("repeated: %d", status)
 	}
+	// A sibling of the same snapshot has become somebody else meanwhile: what the
+	// host has signed for the one of the snapshot is no good any more.
+	if status, _ := do(t, "POST", g.URL+"/init", signed(init), init); status != 401 {
+		t.Errorf("for who it was before: %d", status)
+	}
+	me = "abc"
 	next := body(t, guestapi.Init{AccessToken: "two"})
 	if status, text := do(t, "POST", g.URL+"/init", token("one"), next); status != 401 {
 		t.Errorf("with the token instead of a signature: %d %s", status, text)
@@ -214,9 +191,52 @@ func TestInitSignedByTheHost(t *testing.T) {
 	if status, _ := do(t, "GET", g.URL+"/envs", token("one"), nil); status != 401 {
 		t.Errorf("the old token: %d", status)
 	}
-	m.fail = errors.New("no clock")
+	m.fail = map[string]error{"clock": errors.New("no clock")}
 	if status, text := do(t, "POST", g.URL+"/init", signed(init), init); status != 500 || !strings.Contains(text, "set the clock: no clock") {
 		t.Errorf("a machine that refuses: %d %s", status, text)
+	}
+}
+
+func TestPowerOffSignedByTheHost(t *testing.T) {
+	public, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	off := make(chan struct{}, 10)
+	powerOff := func() { off <- struct{}{} }
+	for _, tt := range []struct {
+		name   string
+		opts   guesttest.Options
+		header http.Header
+		status int
+	}{
+		{"without a signature", guesttest.Options{Verifier: guestapi.NewVerifier(public), PowerOff: powerOff}, nil, 401},
+		{"with the token", guesttest.Options{Verifier: guestapi.NewVerifier(public), PowerOff: powerOff, Token: "x"}, token("x"), 401},
+		{"with the signature of another call", guesttest.Options{Verifier: guestapi.NewVerifier(public), PowerOff: powerOff}, http.Header{
+			guestapi.HeaderSignature: {guestapi.Sign(private, "", "POST", "/init", time.Now(), nil)},
+		}, 401},
+		{"a plain process", guesttest.Options{PowerOff: powerOff}, nil, 501},
+		{"signed", guesttest.Options{Verifier: guestapi.NewVerifier(public), PowerOff: powerOff}, http.Header{
+			guestapi.HeaderSignature: {guestapi.Sign(private, "", "POST", "/poweroff", time.Now(), nil)},
+		}, 204},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			g := guesttest.Start(t, tt.opts)
+			if status, text := do(t, "POST", g.URL+"/poweroff", tt.header, nil); status != tt.status {
+				t.Errorf("%d %s", status, text)
+			}
+			if tt.status != 204 {
+				if len(off) > 0 {
+					t.Error("the machine was switched off")
+				}
+				return
+			}
+			select {
+			case <-off:
+			case <-time.After(30 * time.Second):
+				t.Error("the machine was not switched off")
+			}
+		})
 	}
 }
 
@@ -253,4 +273,31 @@ func TestAMessageOverTheBoundIsRefused(t *testing.T) {
 	if connect.CodeOf(err) != connect.CodeResourceExhausted {
 		t.Errorf("got %v", err)
 	}
+}
+
+// FuzzInit: any body of an unsigned /init is taken or refused, and changes
+// nothing of the machine.
+func FuzzInit(f *testing.F) {
+	f.Add([]byte(`{"envVars":{"A":"b"},"timestamp":"2026-01-02T03:04:05Z","hostname":"x","entropy":"AAAA"}`))
+	f.Add([]byte(`{"timestamp":"yesterday"}`))
+	f.Add([]byte(`{"envVars":null,"sandboxID":7}`))
+	m := &machine{}
+	g := guesttest.Start(f, guesttest.Options{Machine: m})
+	f.Fuzz(func(t *testing.T, data []byte) {
+		res, err := http.Post(g.URL+"/init", "application/json", bytes.NewReader(data))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = res.Body.Close() }() // not read
+		switch res.StatusCode {
+		case http.StatusNoContent, http.StatusBadRequest, http.StatusUnauthorized:
+		default:
+			t.Errorf("status %d", res.StatusCode)
+		}
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if !m.clock.IsZero() || m.hostname != "" || m.entropy != nil {
+			t.Error("the machine was changed without a signature")
+		}
+	})
 }

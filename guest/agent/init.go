@@ -1,10 +1,7 @@
 package agent
 
 import (
-	"encoding/json"
 	"errors"
-	"fmt"
-	"io"
 	"net/http"
 	"time"
 
@@ -12,36 +9,24 @@ import (
 	"github.com/dormouse-sandbox/dormouse/guest/identity"
 )
 
-// maxInit bounds the body of /init, in bytes.
-const maxInit = 1 << 20
-
 // serveInit takes over an identity.
 func (a *Agent) serveInit(w http.ResponseWriter, r *http.Request) {
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxInit))
-	if err != nil {
-		guestapi.WriteError(w, http.StatusBadRequest, fmt.Sprintf("read the body: %v", err))
-		return
-	}
-	signed := a.cfg.Verifier != nil
-	if signed {
-		if err := a.cfg.Verifier.Verify(r.Header.Get(guestapi.HeaderSignature), r.Method, r.URL.Path, body); err != nil {
-			guestapi.WriteError(w, http.StatusUnauthorized, err.Error())
-			return
-		}
-	}
+	began := time.Now()
 	var init guestapi.Init
-	var at time.Time
-	if len(body) > 0 {
-		err = json.Unmarshal(body, &init)
-	}
-	if err == nil && init.Timestamp != "" {
-		at, err = time.Parse(time.RFC3339Nano, init.Timestamp)
-	}
-	if err != nil {
-		guestapi.WriteError(w, http.StatusBadRequest, fmt.Sprintf("body: %v", err))
+	signed, ok := a.controlBody(w, r, &init)
+	if !ok {
 		return
 	}
-	if err := a.cfg.Identity.Apply(init, signed); err != nil {
+	at, err := parseTime(init.Timestamp)
+	if err != nil {
+		writeControlError(w, err)
+		return
+	}
+	if signed && init.Restored {
+		a.serveRestored(w, r, init, hostTime{at, began})
+		return
+	}
+	if err := a.introduce(init, at, signed); err != nil {
 		status := http.StatusInternalServerError
 		if errors.Is(err, identity.ErrToken) {
 			status = http.StatusUnauthorized
@@ -49,29 +34,38 @@ func (a *Agent) serveInit(w http.ResponseWriter, r *http.Request) {
 		guestapi.WriteError(w, status, err.Error())
 		return
 	}
-	if signed && a.cfg.Machine != nil {
-		if err := a.applyMachine(init, at); err != nil {
-			guestapi.WriteError(w, http.StatusInternalServerError, err.Error())
-			return
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// introduce is the /init of a machine that was booted. What it changes of the
+// machine needs a signature.
+func (a *Agent) introduce(init guestapi.Init, at time.Time, signed bool) error {
+	if err := a.cfg.Identity.Apply(init, signed); err != nil {
+		return err
+	}
+	if !signed || a.cfg.Machine == nil {
+		return nil
+	}
+	if init.NewMachineID {
+		if err := a.cfg.Machine.NewMachineID(); err != nil {
+			a.cfg.Log.Warn("make a new machine ID", "err", err) // a read-only /etc is tolerated
 		}
 	}
-	w.WriteHeader(http.StatusNoContent)
+	return a.applyMachine(init, at)
 }
 
 // applyMachine tries all of it and joins what went wrong.
 func (a *Agent) applyMachine(init guestapi.Init, at time.Time) error {
-	var errs []error
-	step := func(name string, wanted bool, do func() error) {
-		if !wanted {
-			return
-		}
-		if err := do(); err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", name, err))
-		}
-	}
 	m := a.cfg.Machine
-	step("mix in entropy", len(init.Entropy) > 0, func() error { return m.AddEntropy(init.Entropy) })
-	step("set the clock", !at.IsZero(), func() error { return m.SetClock(at) })
-	step("set the hostname", init.Hostname != "", func() error { return m.SetHostname(init.Hostname) })
+	var errs []error
+	if !at.IsZero() {
+		errs = append(errs, named("set the clock", m.SetClock(at)))
+	}
+	if len(init.Entropy) > 0 {
+		errs = append(errs, named("mix in entropy", m.AddEntropy(init.Entropy)))
+	}
+	if init.Hostname != "" {
+		errs = append(errs, named("set the hostname", m.SetHostname(init.Hostname)))
+	}
 	return errors.Join(errs...)
 }

@@ -27,6 +27,8 @@ type System struct {
 	Boot guestapi.Boot
 	// UserCgroup is where user processes go; empty on a kernel without cgroup v2.
 	UserCgroup string
+	// HookCgroup is where the image's hooks run; likewise.
+	HookCgroup string
 	// Warnings are what went wrong without keeping the machine from being used.
 	Warnings []string
 

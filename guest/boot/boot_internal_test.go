@@ -4,7 +4,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 )
@@ -39,6 +43,91 @@ func TestRewriteReplacesALink(t *testing.T) {
 	}
 	if got, err := os.ReadFile(path); err != nil || string(got) != "nameserver 10.0.0.1\n" {
 		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// TestFilesThatAreNone: the root of a guest may have put anything there.
+func TestFilesThatAreNone(t *testing.T) {
+	dir := t.TempDir()
+	pipe := filepath.Join(dir, "hosts")
+	if err := unix.Mkfifo(pipe, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := readFile(pipe); err == nil {
+		t.Errorf("a pipe has %q", text)
+	}
+	if err := rewrite(pipe, "127.0.0.1 localhost\n"); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := readFile(pipe); err != nil || text != "127.0.0.1 localhost\n" {
+		t.Errorf("%q, %v", text, err)
+	}
+	if text, err := readFile("/dev/zero"); err == nil {
+		t.Errorf("a device has %d bytes", len(text))
+	}
+	large := filepath.Join(dir, "large")
+	if err := os.WriteFile(large, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(large, 1<<40); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := readFile(large); err == nil || !strings.Contains(err.Error(), "larger than") {
+		t.Errorf("a file of a TiB: %v", err)
+	}
+}
+
+func TestMachineID(t *testing.T) {
+	const old = "0123456789abcdef0123456789abcdef\n"
+	isNew := regexp.MustCompile(`^[0-9a-f]{12}4[0-9a-f]{3}[89ab][0-9a-f]{15}\n$`)
+	dir := t.TempDir()
+	file := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o444); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	read := func(path string) string {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(data)
+	}
+	etc, dbus := file("etc", old), filepath.Join(dir, "dbus")
+	if err := os.Symlink("etc", dbus); err != nil {
+		t.Fatal(err)
+	}
+	missing := filepath.Join(dir, "missing")
+	if err := writeMachineID([]string{etc, dbus, missing}); err != nil {
+		t.Fatal(err)
+	}
+	first := read(etc)
+	if !isNew.MatchString(first) || read(dbus) != first {
+		t.Errorf("%q, and by the link %q", first, read(dbus))
+	}
+	if info, err := os.Lstat(dbus); err != nil || info.Mode()&os.ModeSymlink == 0 {
+		t.Errorf("the link is %v, %v", info, err)
+	}
+	if _, err := os.Lstat(missing); err == nil {
+		t.Error("a file was made that the image does not have")
+	}
+	if err := writeMachineID([]string{etc}); err != nil || read(etc) == first {
+		t.Errorf("once more: %q, %v", read(etc), err)
+	}
+	for name, text := range map[string]string{"empty": "", "uninitialized": "uninitialized\n", "long": old + old} {
+		path := file(name, text)
+		if err := writeMachineID([]string{path}); err != nil || !isNew.MatchString(read(path)) {
+			t.Errorf("%s: %q, %v", name, read(path), err)
+		}
+	}
+	pipe := filepath.Join(dir, "pipe")
+	if err := unix.Mkfifo(pipe, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := writeMachineID([]string{pipe, etc}); err == nil || read(etc) == first {
+		t.Errorf("a pipe: %v", err)
 	}
 }
 
@@ -89,4 +178,29 @@ func TestModulesThatDoNotLoadAreNamed(t *testing.T) {
 	if err := loadModules(dir); err == nil {
 		t.Error("nonsense was loaded")
 	}
+}
+
+// FuzzHostsFile: the root of a guest writes this file. Ours is the last line of
+// it, what he wrote stays, and writing it again changes nothing.
+func FuzzHostsFile(f *testing.F) {
+	f.Add("127.0.0.1\tlocalhost\n10.0.0.9 db", "box")
+	f.Add("# dormouse\n\n\x00\xff", "b-x")
+	f.Fuzz(func(t *testing.T, old, name string) {
+		if strings.ContainsAny(name, "\n") {
+			return // no name of a host
+		}
+		once := hostsFile(old, name)
+		if !strings.HasSuffix(once, "127.0.1.1 "+name+" "+ours+"\n") {
+			t.Errorf("it ends otherwise: %q", once)
+		}
+		for line := range strings.Lines(old) {
+			line = strings.TrimRight(line, "\n")
+			if !strings.HasSuffix(line, ours) && !strings.Contains(once, line+"\n") {
+				t.Errorf("%q is lost", line)
+			}
+		}
+		if twice := hostsFile(once, name); twice != once {
+			t.Errorf("once %q, twice %q", once, twice)
+		}
+	})
 }

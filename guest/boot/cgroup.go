@@ -11,6 +11,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Names of the cgroups, right below the root, that stay when all others are frozen:
+// the agent's, and that of the image's hooks.
+const (
+	AgentCgroup = "agent"
+	HookCgroup  = "hooks"
+)
+
 const (
 	cgroups = "/sys/fs/cgroup"
 
@@ -22,9 +29,9 @@ const (
 	agentWeight = 1000
 )
 
-// makeCgroups puts the agent into one cgroup and prepares another for all user
-// processes, which is what will be frozen before a save. Users get neither the
-// agent's memory nor the last process IDs.
+// makeCgroups puts the agent into one cgroup and prepares others for all user
+// processes, which is what will be frozen before a save, and for hooks. They get
+// neither the agent's memory nor the last process IDs.
 //
 // The agent's oom_score_adj stays as it is: children inherit it, and the kernel
 // spares PID 1 without it (oom_unkillable_task in mm/oom_kill.c).
@@ -33,14 +40,14 @@ func (s *System) makeCgroups() error {
 		s.warn("no cgroup v2, so user processes run beside the agent", err)
 		return nil
 	}
-	agent, user := filepath.Join(cgroups, "agent"), filepath.Join(cgroups, "user")
-	if err := errors.Join(os.Mkdir(agent, 0o755), os.Mkdir(user, 0o755)); err != nil {
+	agent, user, hooks := filepath.Join(cgroups, AgentCgroup), filepath.Join(cgroups, "user"), filepath.Join(cgroups, HookCgroup)
+	if err := errors.Join(os.Mkdir(agent, 0o755), os.Mkdir(user, 0o755), os.Mkdir(hooks, 0o755)); err != nil {
 		return err
 	}
 	if err := os.WriteFile(filepath.Join(agent, "cgroup.procs"), []byte("1"), 0); err != nil {
 		return fmt.Errorf("move the agent: %w", err)
 	}
-	s.UserCgroup = user
+	s.UserCgroup, s.HookCgroup = user, hooks
 	for _, controller := range []string{"memory", "pids", "cpu"} {
 		err := os.WriteFile(filepath.Join(cgroups, "cgroup.subtree_control"), []byte("+"+controller), 0)
 		s.warn("no cgroup controller "+controller, err)
@@ -48,12 +55,12 @@ func (s *System) makeCgroups() error {
 	// Each command gets the same share of the CPU, however many processes it has:
 	// a fork bomb leaves room for the command that ends it.
 	s.warn("no share of the CPU for each command", os.WriteFile(filepath.Join(user, "cgroup.subtree_control"), []byte("+cpu"), 0))
-	s.limit(agent, user)
+	s.limit(agent, user, hooks)
 	return nil
 }
 
 // limit sets bounds; a controller that is missing was warned of already.
-func (s *System) limit(agent, user string) {
+func (s *System) limit(agent string, users ...string) {
 	var info unix.Sysinfo_t
 	if err := unix.Sysinfo(&info); err != nil {
 		s.warn("size of the memory", err)
@@ -63,9 +70,12 @@ func (s *System) limit(agent, user string) {
 	reserve := min(uint64(agentMemory), total/4)
 	s.set(agent, "cpu.weight", agentWeight)
 	s.set(agent, "memory.min", reserve)
-	s.set(user, "memory.max", total-reserve)
-	if threads, err := readUint("/proc/sys/kernel/threads-max"); err == nil {
-		s.set(user, "pids.max", min(threads, 32768)*9/10)
+	threads, err := readUint("/proc/sys/kernel/threads-max")
+	for _, user := range users {
+		s.set(user, "memory.max", total-reserve)
+		if err == nil {
+			s.set(user, "pids.max", min(threads, 32768)*9/10)
+		}
 	}
 }
 

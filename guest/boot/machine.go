@@ -2,14 +2,19 @@ package boot
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
+	"github.com/dormouse-sandbox/dormouse/guest/past"
 )
 
 // maxFiles is the limit of open files, in a guest whose kernel's default (4096)
@@ -43,6 +48,19 @@ func (s *System) SetHostname(name string) error {
 		fmt.Fprintf(os.Stderr, "dormouse-guest: names: %v\n", err) // a read-only /etc is tolerated
 	}
 	return nil
+}
+
+// EndPast ends what ties a machine that was restored to the time before.
+func (s *System) EndPast() (dropped int, err error) {
+	dropped, err = past.EndConnections(guestapi.Port) // the agent ends its own
+	return dropped, errors.Join(err, past.ForgetNeighbours())
+}
+
+// Life is the serial number of the root disk: the disk is asked for it each time,
+// and each start and each restore of a machine gives it another one.
+func (s *System) Life() (string, error) {
+	serial, err := os.ReadFile(filepath.Join("/sys/class/block", filepath.Base(s.Boot.RootDevice), "serial"))
+	return strings.TrimSpace(string(serial)), err
 }
 
 // Of linux/random.h.

@@ -2,6 +2,8 @@ package boot
 
 import (
 	"errors"
+	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"strings"
@@ -34,13 +36,13 @@ func (s *System) writeNames() error {
 
 // writeHostname makes the name known inside: sudo and others look it up.
 func writeHostname(etc, name string) error {
-	hosts, err := os.ReadFile(etc + "/hosts")
+	hosts, err := readFile(etc + "/hosts")
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return errors.Join(
 		rewrite(etc+"/hostname", name+"\n"),
-		rewrite(etc+"/hosts", hostsFile(string(hosts), name)),
+		rewrite(etc+"/hosts", hostsFile(hosts, name)),
 	)
 }
 
@@ -66,15 +68,49 @@ func hostsFile(old, name string) string {
 
 // rewrite replaces a file unless it has this content already. A link, such as
 // the one of systemd-resolved to a place that does not exist here, is replaced,
-// not followed.
+// not followed; so is a pipe, which would be waited for.
 func rewrite(path, content string) error {
-	if info, err := os.Lstat(path); err == nil && info.Mode()&fs.ModeSymlink != 0 {
+	if info, err := os.Lstat(path); err == nil && !info.Mode().IsRegular() {
 		if err := os.Remove(path); err != nil {
 			return err
 		}
 	}
-	if have, err := os.ReadFile(path); err == nil && string(have) == content {
+	if have, err := readFile(path); err == nil && have == content {
 		return nil
 	}
 	return os.WriteFile(path, []byte(content), 0o644)
+}
+
+// maxNames bounds a file of names, in bytes.
+const maxNames = 4 << 20
+
+// readFile reads a file that the root of the guest may have put anything in the
+// place of. Nothing of that makes it wait or takes much memory.
+func readFile(path string) (string, error) {
+	f, err := openRegular(path, os.O_RDONLY)
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = f.Close() }() // read only
+	data, err := io.ReadAll(io.LimitReader(f, maxNames+1))
+	if err == nil && len(data) > maxNames {
+		err = fmt.Errorf("%s is larger than %d bytes", path, maxNames)
+	}
+	return string(data), err
+}
+
+// openRegular opens a file, or what a link to one leads to.
+func openRegular(path string, flag int) (*os.File, error) {
+	f, err := os.OpenFile(path, flag|unix.O_NONBLOCK, 0) // a pipe is not waited for
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a regular file", path)
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
 }

@@ -11,9 +11,10 @@
 //     delivered. A background job that still holds the pipe delays it by
 //     lingerQuiet of silence, lingerMax at most; from then on its output is read
 //     and thrown away, so that it neither blocks nor dies of a closed pipe.
-//   - A signal goes to the process group, as from a terminal.
+//   - A signal goes to the process group, and to the one in the foreground of the
+//     process's terminal.
 //
-// Terminals are not here.
+// With a terminal all of this holds for the one stream that it is.
 package exec
 
 import (
@@ -37,10 +38,9 @@ const (
 	// may cost in memory; more input comes in several messages.
 	MaxMessage = 16 << 20
 
-	keepaliveDefault = 90 * time.Second
-	lingerQuiet      = 100 * time.Millisecond
-	lingerMax        = 2 * time.Second
-	maxChunk         = 256 << 10 // bytes; the size of an output pipe
+	lingerQuiet = 100 * time.Millisecond
+	lingerMax   = 2 * time.Second
+	maxChunk    = 256 << 10 // bytes; the size of an output pipe
 )
 
 // Config is what commands run with.
@@ -50,18 +50,23 @@ type Config struct {
 	// Cgroup is a cgroup v2 directory; every command gets one of its own below
 	// it. Without it, a timeout finds only descendants whose parents live.
 	Cgroup string
-	Log    *slog.Logger
+	// Records is the directory for the output of processes whose start has a
+	// HeaderRecord; empty keeps none.
+	Records string
+	Log     *slog.Logger
 }
 
 // Server is the process service. Its processes outlive their requests.
 type Server struct {
-	processconnect.UnimplementedProcessHandler
 	cfg     Config
 	started time.Time
+	gate    gate // every start passes it
 
 	mu    sync.Mutex
 	procs []*process // in order of their start; ended ones for Retention
 }
+
+var _ processconnect.ProcessHandler = (*Server)(nil)
 
 // New builds a server.
 func New(cfg Config) *Server {

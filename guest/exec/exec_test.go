@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -114,7 +115,12 @@ func TestRequestsThatCannotStart(t *testing.T) {
 		"a directory":     {shell(func(r *processv1.StartRequest) { r.Process.Cmd = "/tmp" }), connect.CodeInvalidArgument, "/tmp"},
 		"empty command":   {shell(func(r *processv1.StartRequest) { r.Process.Cmd = "" }), connect.CodeInvalidArgument, "cmd"},
 		"bad variable":    {shell(func(r *processv1.StartRequest) { r.Process.Envs = map[string]string{"a=b": "c"} }), connect.CodeInvalidArgument, "a=b"},
-		"a terminal":      {shell(func(r *processv1.StartRequest) { r.Pty = &processv1.PTY{} }), connect.CodeUnimplemented, "pty"},
+		"a huge terminal": {shell(func(r *processv1.StartRequest) {
+			r.Pty = &processv1.PTY{Size: &processv1.PTY_Size{Cols: 65536}}
+		}), connect.CodeInvalidArgument, "65535 at most"},
+		"a terminal without a command": {shell(func(r *processv1.StartRequest) {
+			r.Process.Cmd, r.Pty = "/no/such", &processv1.PTY{}
+		}), connect.CodeInvalidArgument, "/no/such"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := g.Run(t.Context(), tt.req)
@@ -268,8 +274,10 @@ func TestUnknownProcesses(t *testing.T) {
 	wantCode(t, err, connect.CodeNotFound, `"x"`)
 	_, err = g.Process.CloseStdin(t.Context(), connect.NewRequest(&processv1.CloseStdinRequest{}))
 	wantCode(t, err, connect.CodeInvalidArgument, "tag")
-	_, err = g.Process.Update(t.Context(), connect.NewRequest(&processv1.UpdateRequest{Process: byPID(1)}))
-	wantCode(t, err, connect.CodeUnimplemented, "terminals")
+	_, err = g.Process.Update(t.Context(), connect.NewRequest(&processv1.UpdateRequest{Process: byTag("x")}))
+	wantCode(t, err, connect.CodeNotFound, `"x"`)
+	_, err = g.Process.SendInput(t.Context(), connect.NewRequest(&processv1.SendInputRequest{Process: byTag("x")}))
+	wantCode(t, err, connect.CodeNotFound, `"x"`)
 }
 
 func TestConcurrentCommands(t *testing.T) {
@@ -311,6 +319,32 @@ func TestTimeoutKillsTheDescendants(t *testing.T) {
 		}
 		testkit.Eventually(t, 5*time.Second, fmt.Sprintf("rid of %d", pid), func() bool { return !alive(pid) || zombie(pid) })
 	}
+}
+
+// TestManyTimeoutsAtOnce ends more trees at once than could each be looked for at the
+// same time. None may stay, and least of all held still.
+func TestManyTimeoutsAtOnce(t *testing.T) {
+	g := guesttest.Start(t, guesttest.Options{})
+	done := g.Watch(t, 4<<20)
+	marker := fmt.Sprintf("0.0%d", time.Now().UnixNano()) // of our processes in /proc
+	var wg sync.WaitGroup
+	for range 60 {
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			_, err := g.Run(ctx, guesttest.Shell("(while :; do sleep "+marker+"; done) & wait"))
+			wantCode(t, err, connect.CodeDeadlineExceeded, "")
+		})
+	}
+	wg.Wait()
+	testkit.Eventually(t, 20*time.Second, "rid of all of them", func() bool {
+		files, _ := filepath.Glob("/proc/[0-9]*/cmdline") // the pattern is right
+		return !slices.ContainsFunc(files, func(file string) bool {
+			data, _ := os.ReadFile(file) // it may have ended by now
+			return strings.Contains(string(data), marker)
+		})
+	})
+	done()
 }
 
 // zombie tells a process that nobody reaped, because this test is not PID 1.

@@ -6,9 +6,12 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
+
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 )
 
 var groupNumber atomic.Uint64
@@ -72,14 +75,23 @@ func (g *group) kill(pid int) {
 	killTree(pid)
 }
 
+// treeLimit bounds the looking of killTree. Who forks faster than that is left to
+// the group's own end: a process that is held still must not stay so.
+const treeLimit = 2 * time.Second
+
+// walking is held by the one killTree that looks: each look reads all of /proc, and
+// many at once would be slower than one after the other.
+var walking sync.Mutex
+
 // killTree kills the descendants of pid, and all of its session, but not pid
-// itself. It looks until
-// it finds nobody new: a process may fork while it looks.
+// itself. It looks until it finds nobody new: a process may fork while it looks.
 func killTree(pid int) {
+	walking.Lock()
+	defer walking.Unlock()
 	killed := map[int]bool{}
-	for {
+	for until := time.Now().Add(treeLimit); time.Now().Before(until); {
 		fresh := 0
-		for _, victim := range tree(pid, killed) {
+		for _, victim := range tree(pid) {
 			if !killed[victim] {
 				killed[victim] = true
 				fresh++
@@ -92,8 +104,8 @@ func killTree(pid int) {
 	}
 }
 
-// tree lists pid's session and its descendants, and those of the dead in known.
-func tree(pid int, known map[int]bool) []int {
+// tree lists pid's session and its descendants.
+func tree(pid int) []int {
 	type link struct{ pid, parent, session int }
 	var all []link
 	entries, _ := os.ReadDir("/proc") // without /proc there is nothing to find
@@ -102,8 +114,8 @@ func tree(pid int, known map[int]bool) []int {
 		if err != nil {
 			continue
 		}
-		if parent, session, ok := parents(n); ok {
-			all = append(all, link{n, parent, session})
+		if p, err := kernel.StatProc(n); err == nil { // else it is gone
+			all = append(all, link{n, p.Parent, p.Session})
 		}
 	}
 	in := map[int]bool{pid: true}
@@ -111,7 +123,7 @@ func tree(pid int, known map[int]bool) []int {
 	for grew := true; grew; {
 		grew = false
 		for _, l := range all {
-			if !in[l.pid] && (in[l.parent] || known[l.parent] || l.session == pid) {
+			if !in[l.pid] && (in[l.parent] || l.session == pid) {
 				in[l.pid] = true
 				found = append(found, l.pid)
 				grew = true
@@ -119,21 +131,4 @@ func tree(pid int, known map[int]bool) []int {
 		}
 	}
 	return found
-}
-
-// parents reads a process's parent and session from /proc/PID/stat. The name in
-// parentheses may contain anything.
-func parents(pid int) (parent, session int, ok bool) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, 0, false
-	}
-	_, rest, _ := strings.Cut(string(data[strings.LastIndexByte(string(data), ')')+1:]), " ")
-	fields := strings.Fields(rest) // state, ppid, pgrp, session
-	if len(fields) < 4 {
-		return 0, 0, false
-	}
-	parent, err1 := strconv.Atoi(fields[1])
-	session, err2 := strconv.Atoi(fields[3])
-	return parent, session, err1 == nil && err2 == nil
 }

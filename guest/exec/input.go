@@ -8,16 +8,20 @@ import (
 	"connectrpc.com/connect"
 )
 
-// input is the write end of a process's standard input. One writer at a time;
-// a full pipe makes it wait, and its context ends the wait.
+// past is a deadline that ends a wait at once.
+var past = time.Unix(1, 0)
+
+// input is the write end of a process's standard input, or its terminal. One
+// writer at a time; a full pipe makes it wait, and its context ends the wait.
 type input struct {
 	f    *os.File
+	read bool          // the same file is read from: a terminal, which who reads it closes
 	turn chan struct{} // holds one token; whoever has it may write or close
 	shut bool          // guarded by turn
 }
 
-func newInput(f *os.File) *input {
-	in := &input{f: f, turn: make(chan struct{}, 1)}
+func newInput(f *os.File, alsoRead bool) *input {
+	in := &input{f: f, read: alsoRead, turn: make(chan struct{}, 1)}
 	in.turn <- struct{}{}
 	return in
 }
@@ -40,11 +44,11 @@ func (in *input) write(ctx context.Context, data []byte) error {
 	}
 	defer in.give()
 	if in.shut {
-		return errorf(connect.CodeInternal, "the standard input is closed")
+		return errorf(connect.CodeInternal, "the input of the process is closed")
 	}
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
-		_ = in.f.SetWriteDeadline(time.Unix(1, 0)) // a pipe has deadlines
+		_ = in.f.SetWriteDeadline(past) // a pipe has deadlines
 		close(stopped)
 	})
 	_, err := in.f.Write(data)
@@ -56,7 +60,7 @@ func (in *input) write(ctx context.Context, data []byte) error {
 		}
 	}
 	if err != nil {
-		return errorf(connect.CodeInternal, "write to the standard input: %w", err)
+		return errorf(connect.CodeInternal, "write to the process: %w", err)
 	}
 	return nil
 }
@@ -74,7 +78,7 @@ func (in *input) close(ctx context.Context) error {
 // abort ends the input at once: nobody will read it any more.
 func (in *input) abort() {
 	for {
-		_ = in.f.SetWriteDeadline(time.Unix(1, 0)) // breaks off a write; on a closed file it has no effect
+		_ = in.f.SetWriteDeadline(past) // breaks off a write; on a closed file it has no effect
 		select {
 		case <-in.turn:
 			defer in.give()
@@ -86,8 +90,8 @@ func (in *input) abort() {
 }
 
 func (in *input) shutLocked() {
-	if !in.shut {
-		in.shut = true
+	if !in.shut && !in.read {
 		_ = in.f.Close() // a pipe has nothing to flush
 	}
+	in.shut = true
 }

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	processv1 "github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/process"
 )
 
 // A process that writes much in small pieces would cost a message for each. So
@@ -19,45 +21,42 @@ const (
 	burstNaps = 10
 )
 
-// pump delivers what comes out of a pipe until it ends, or until the process
-// has exited and linger has had enough. What comes after that is discarded.
-func (p *process) pump(f *os.File, deliver func([]byte)) {
-	var after linger
+// pump delivers what the process writes until there can be no more, or until the
+// process has exited and linger has had enough. What comes after that is discarded.
+func (p *process) pump(o output) {
+	after := linger{unseen: o.unseen}
 	var delivered time.Time
 	for {
 		if time.Since(delivered) < burstGap {
-			p.letFill(f)
+			p.letFill(o)
 		}
-		chunk, err := readChunk(f)
+		chunk, err := readChunk(o.f)
 		if len(chunk) > 0 {
-			deliver(chunk)
+			p.deliver(&processv1.ProcessEvent{Event: &processv1.ProcessEvent_Data{Data: o.event(chunk)}})
 			delivered = time.Now()
 		}
 		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-			_ = f.Close() // the end of the pipe: nothing more can come
+			_ = o.f.Close() // the end of the pipe, or everybody has hung up: nothing more can come
 			return
 		}
-		if p.ended() && after.over(f, len(chunk)) {
-			go discard(f)
+		if p.ended() && after.over(o.f, len(chunk)) {
+			go discard(o.f)
 			return
 		}
 	}
 }
 
 // letFill waits while a pipe fills, until it holds a good piece.
-func (p *process) letFill(f *os.File) {
+func (p *process) letFill(o output) {
 	for naps, before := 0, -1; naps < burstNaps && !p.ended(); naps++ {
-		now := waiting(f)
-		if now >= maxChunk/2 || now == before {
+		now := waiting(o.f)
+		if now >= o.full || now == before {
 			return
 		}
 		before = now
 		time.Sleep(burstNap)
 	}
 }
-
-// wake makes a pump that waits for output look whether the process has ended.
-func wake(f *os.File) { _ = f.SetReadDeadline(time.Now()) } // closed already: its pump has ended
 
 // readChunk reads once, into a buffer that is only made when there is something
 // to read: an idle process holds none.
@@ -116,8 +115,9 @@ func waiting(f *os.File) (n int) {
 // somebody else still holds the other end. What the process itself wrote is in
 // the pipe by then: these bytes are owed, however slow the reader is.
 type linger struct {
-	until time.Time
-	owed  int
+	unseen int // bytes that may wait beside those that the kernel counts
+	until  time.Time
+	owed   int
 }
 
 // over is asked after every read, with what it gave. It sets the deadline of
@@ -127,7 +127,7 @@ func (l *linger) over(f *os.File, got int) bool {
 	now := time.Now()
 	switch {
 	case l.until.IsZero():
-		l.until, l.owed = now.Add(lingerMax), left
+		l.until, l.owed = now.Add(lingerMax), left+l.unseen
 	case got == 0 && left == 0:
 		return true // silence
 	default:

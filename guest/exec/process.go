@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -16,11 +17,15 @@ import (
 
 // process is one command, from its start to the end of its retention.
 type process struct {
-	config *processv1.ProcessConfig
-	tag    *string
-	child  *reap.Child
-	group  *group // where a timeout finds the descendants
-	stdin  *input // nil for /dev/null
+	tag   *string
+	child *reap.Child
+	group *group    // where a timeout finds the descendants
+	stdin *input    // nil for /dev/null
+	tty   *terminal // nil for pipes
+
+	// config is dropped at the end: it can be as large as a message, and ended
+	// processes are kept for Retention.
+	config atomic.Pointer[processv1.ProcessConfig]
 
 	exited chan struct{} // closed when the process itself is reaped
 	done   chan struct{} // closed when its output is delivered too; end is set
@@ -121,7 +126,12 @@ func (p *process) follow(ctx context.Context, r *reader, keepalive time.Duration
 	}
 }
 
+// contextError is why a call ends early. Who ended it may have said it.
 func contextError(ctx context.Context) error {
+	var said *connect.Error
+	if errors.As(context.Cause(ctx), &said) {
+		return said
+	}
 	if ctx.Err() == context.DeadlineExceeded {
 		return errorf(connect.CodeDeadlineExceeded, "the timeout of the call has passed")
 	}

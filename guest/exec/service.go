@@ -3,13 +3,13 @@ package exec
 import (
 	"context"
 	"net/http"
-	"strconv"
 	"syscall"
 	"time"
 
 	"connectrpc.com/connect"
 
 	"github.com/dormouse-sandbox/dormouse/guest/account"
+	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
 	processv1 "github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/process"
 )
 
@@ -19,8 +19,8 @@ const killWait = time.Second
 
 // Start runs a command and follows it.
 func (s *Server) Start(ctx context.Context, req *connect.Request[processv1.StartRequest], stream *connect.ServerStream[processv1.StartResponse]) error {
-	if req.Msg.GetPty() != nil {
-		return errorf(connect.CodeUnimplemented, "terminals are not supported yet: start the command without pty")
+	if err := checkSize(req.Msg.GetPty().GetSize()); err != nil {
+		return err
 	}
 	user, err := s.user(req.Header())
 	if err != nil {
@@ -30,11 +30,14 @@ func (s *Server) Start(ctx context.Context, req *connect.Request[processv1.Start
 	if err != nil {
 		return err
 	}
+	if cmd.record, err = s.recordPath(req.Header().Get(guestapi.HeaderRecord)); err != nil {
+		return err
+	}
 	p, r, err := s.start(ctx, req.Msg, cmd)
 	if err != nil {
 		return err
 	}
-	err = p.follow(ctx, r, keepalive(req.Header()), func(event *processv1.ProcessEvent) error {
+	err = p.follow(ctx, r, guestapi.Keepalive(req.Header()), func(event *processv1.ProcessEvent) error {
 		return stream.Send(&processv1.StartResponse{Event: event})
 	})
 	p.unsubscribe(r)
@@ -55,7 +58,7 @@ func (s *Server) Connect(ctx context.Context, req *connect.Request[processv1.Con
 	}
 	r := p.subscribe()
 	defer p.unsubscribe(r)
-	return p.follow(ctx, r, keepalive(req.Header()), func(event *processv1.ProcessEvent) error {
+	return p.follow(ctx, r, guestapi.Keepalive(req.Header()), func(event *processv1.ProcessEvent) error {
 		return stream.Send(&processv1.ConnectResponse{Event: event})
 	})
 }
@@ -64,14 +67,34 @@ func (s *Server) Connect(ctx context.Context, req *connect.Request[processv1.Con
 func (s *Server) List(context.Context, *connect.Request[processv1.ListRequest]) (*connect.Response[processv1.ListResponse], error) {
 	res := &processv1.ListResponse{}
 	for _, p := range s.running() {
-		res.Processes = append(res.Processes, &processv1.ProcessInfo{Config: p.config, Pid: uint32(p.child.PID), Tag: p.tag})
+		if config := p.config.Load(); config != nil { // else it has ended just now
+			res.Processes = append(res.Processes, &processv1.ProcessInfo{Config: config, Pid: uint32(p.child.PID), Tag: p.tag})
+		}
 	}
 	return connect.NewResponse(res), nil
 }
 
-// Update would change the size of a terminal.
-func (s *Server) Update(context.Context, *connect.Request[processv1.UpdateRequest]) (*connect.Response[processv1.UpdateResponse], error) {
-	return nil, errorf(connect.CodeUnimplemented, "terminals are not supported yet: there is nothing to update")
+// Update changes the size of a terminal. Without one in the request it changes
+// nothing.
+func (s *Server) Update(_ context.Context, req *connect.Request[processv1.UpdateRequest]) (*connect.Response[processv1.UpdateResponse], error) {
+	p, err := s.findRunning(req.Msg.GetProcess())
+	if err != nil {
+		return nil, err
+	}
+	size := req.Msg.GetPty().GetSize()
+	if err := checkSize(size); err != nil {
+		return nil, err
+	}
+	switch {
+	case req.Msg.GetPty() == nil:
+	case p.tty == nil:
+		return nil, errorf(connect.CodeInternal, "process %d has no terminal", p.child.PID)
+	default:
+		if err := p.tty.resize(size); err != nil {
+			return nil, errorf(connect.CodeInternal, "resize the terminal of process %d: %w", p.child.PID, err)
+		}
+	}
+	return connect.NewResponse(&processv1.UpdateResponse{}), nil
 }
 
 // SendInput writes to a process, and returns when its pipe has taken it all.
@@ -110,7 +133,8 @@ func (s *Server) StreamInput(ctx context.Context, stream *connect.ClientStream[p
 	return connect.NewResponse(&processv1.StreamInputResponse{}), nil
 }
 
-// SendSignal signals the process group that the process leads.
+// SendSignal signals the process group that the process leads, and what runs in
+// the foreground of its terminal.
 func (s *Server) SendSignal(_ context.Context, req *connect.Request[processv1.SendSignalRequest]) (*connect.Response[processv1.SendSignalResponse], error) {
 	p, err := s.findRunning(req.Msg.GetProcess())
 	if err != nil {
@@ -118,9 +142,9 @@ func (s *Server) SendSignal(_ context.Context, req *connect.Request[processv1.Se
 	}
 	switch req.Msg.GetSignal() {
 	case processv1.Signal_SIGNAL_SIGKILL:
-		err = p.child.SignalGroup(syscall.SIGKILL)
+		err = p.signal(syscall.SIGKILL)
 	case processv1.Signal_SIGNAL_SIGTERM:
-		err = p.child.SignalGroup(syscall.SIGTERM)
+		err = p.signal(syscall.SIGTERM)
 	default:
 		return nil, errorf(connect.CodeInvalidArgument, "signal %d cannot be sent: SIGKILL (9) and SIGTERM (15) can", req.Msg.GetSignal())
 	}
@@ -130,13 +154,17 @@ func (s *Server) SendSignal(_ context.Context, req *connect.Request[processv1.Se
 	return connect.NewResponse(&processv1.SendSignalResponse{}), nil
 }
 
-// CloseStdin ends the input of a process. Doing it twice is fine.
+// CloseStdin ends the input of a process. Doing it twice is fine. A terminal has no
+// end but its hang-up: what a keyboard sends for it is a byte.
 func (s *Server) CloseStdin(ctx context.Context, req *connect.Request[processv1.CloseStdinRequest]) (*connect.Response[processv1.CloseStdinResponse], error) {
 	p, err := s.find(req.Msg.GetProcess())
 	if err != nil {
 		return nil, err
 	}
-	if p.stdin != nil {
+	switch {
+	case p.tty != nil:
+		return nil, errorf(connect.CodeInternal, "process %d has a terminal: send the byte 4 (Ctrl-D) as pty", p.child.PID)
+	case p.stdin != nil:
 		if err := p.stdin.close(ctx); err != nil {
 			return nil, err
 		}
@@ -144,15 +172,24 @@ func (s *Server) CloseStdin(ctx context.Context, req *connect.Request[processv1.
 	return connect.NewResponse(&processv1.CloseStdinResponse{}), nil
 }
 
+// write checks that what is sent is for what the process has.
 func (p *process) write(ctx context.Context, in *processv1.ProcessInput) error {
-	data, ok := in.GetInput().(*processv1.ProcessInput_Stdin)
-	switch {
-	case !ok:
-		return errorf(connect.CodeInternal, "process %d has no terminal: send stdin", p.child.PID)
-	case p.stdin == nil:
-		return errorf(connect.CodeInternal, "process %d was started without a standard input", p.child.PID)
+	switch data := in.GetInput().(type) {
+	case *processv1.ProcessInput_Pty:
+		if p.tty == nil {
+			return errorf(connect.CodeInternal, "process %d has no terminal: send stdin", p.child.PID)
+		}
+		return p.stdin.write(ctx, data.Pty)
+	case *processv1.ProcessInput_Stdin:
+		switch {
+		case p.tty != nil:
+			return errorf(connect.CodeInternal, "process %d has a terminal: send pty", p.child.PID)
+		case p.stdin == nil:
+			return errorf(connect.CodeInternal, "process %d was started without a standard input", p.child.PID)
+		}
+		return p.stdin.write(ctx, data.Stdin)
 	}
-	return p.stdin.write(ctx, data.Stdin)
+	return errorf(connect.CodeInvalidArgument, "the input is neither stdin nor pty")
 }
 
 // user is whom the Authorization header names, or the default one.
@@ -163,13 +200,4 @@ func (s *Server) user(header http.Header) (account.User, error) {
 		return user, errorf(connect.CodeUnauthenticated, "invalid username: '%s'", name)
 	}
 	return user, nil
-}
-
-// keepalive is how often an idle stream says that it lives.
-func keepalive(header http.Header) time.Duration {
-	seconds, err := strconv.ParseUint(header.Get("Keepalive-Ping-Interval"), 10, 31)
-	if err != nil || seconds == 0 {
-		return keepaliveDefault
-	}
-	return time.Duration(seconds) * time.Second
 }

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -28,6 +29,8 @@ type command struct {
 	env  []string
 	dir  string
 	cred *syscall.Credential
+	// record is the file that its output is kept in; empty for none.
+	record string
 }
 
 // resolve works out what a request means for a user.
@@ -114,41 +117,66 @@ func lookup(cmd, path, dir string) (string, error) {
 	return "", errorf(connect.CodeInvalidArgument, "command not found: %q", cmd)
 }
 
-// start runs a command. The reader it returns is there before the first byte.
+// start runs a command. The reader it returns is there before the first byte. While
+// starts are held it waits.
 func (s *Server) start(ctx context.Context, req *processv1.StartRequest, c command) (*process, *reader, error) {
+	if err := s.gate.enter(ctx); err != nil {
+		return nil, nil, contextError(ctx)
+	}
+	defer s.gate.leave()
 	p := &process{
-		config: req.GetProcess(), tag: req.Tag, readers: map[*reader]struct{}{},
+		tag: req.Tag, readers: map[*reader]struct{}{},
 		exited: make(chan struct{}), done: make(chan struct{}),
 	}
-	var err error
-	if p.group, err = newGroup(s.cfg.Cgroup); err != nil {
+	p.config.Store(req.GetProcess())
+	streams, err := open(req)
+	if err != nil {
 		return nil, nil, errorf(connect.CodeInternal, "%w", err)
 	}
-	stdin := req.Stdin == nil || req.GetStdin()
-	pipes, err := openPipes(stdin)
-	if err == nil && c.cred != nil {
-		err = pipes.give(int(c.cred.Uid), int(c.cred.Gid))
+	if p.group, err = newGroup(s.cfg.Cgroup); err != nil {
+		streams.close()
+		return nil, nil, errorf(connect.CodeInternal, "%w", err)
+	}
+	if c.cred != nil {
+		err = streams.give(int(c.cred.Uid), int(c.cred.Gid))
 	}
 	if err == nil {
-		err = s.fork(p, c, pipes)
+		err = s.fork(p, c, streams)
 	}
 	p.group.started()
 	if err != nil {
-		pipes.close()
+		streams.close()
 		p.group.remove()
 		return nil, nil, errorf(connect.CodeInvalidArgument, "start %s: %w", c.path, err)
 	}
-	if stdin {
-		p.stdin = newInput(pipes.ours[0])
+	p.tty = streams.tty
+	if streams.input != nil {
+		p.stdin = newInput(streams.input, p.tty != nil)
 	}
 	r := p.subscribe()
+	if c.record != "" {
+		go record(p, p.subscribe(), c.record)
+	}
 	s.add(p)
 	var timer *time.Timer
 	if deadline, ok := ctx.Deadline(); ok {
 		timer = time.AfterFunc(time.Until(deadline), func() { s.expire(p) })
 	}
-	go s.attend(p, pipes, timer)
+	go s.attend(p, streams, timer)
 	return p, r, nil
+}
+
+// open opens what a request wants to be connected by. On an error nothing is open.
+func open(req *processv1.StartRequest) (*streams, error) {
+	if req.GetPty() != nil {
+		return openTerminal(req.GetPty().GetSize())
+	}
+	s, err := openPipes(req.Stdin == nil || req.GetStdin())
+	if err != nil {
+		s.close()
+		return nil, fmt.Errorf("open the standard streams: %w", err)
+	}
+	return s, nil
 }
 
 func (s *Server) expire(p *process) {
@@ -157,31 +185,30 @@ func (s *Server) expire(p *process) {
 	}
 }
 
-func (s *Server) fork(p *process, c command, pipes *pipes) (err error) {
+func (s *Server) fork(p *process, c command, streams *streams) (err error) {
 	sys := &syscall.SysProcAttr{Setsid: true, Credential: c.cred}
+	if streams.tty != nil {
+		sys.Setctty, sys.Ctty = true, 0 // its standard input
+	}
 	p.group.enter(sys)
 	p.child, err = s.cfg.Reaper.Start(c.path, c.argv, &os.ProcAttr{
-		Dir: c.dir, Env: c.env, Files: pipes.theirs[:], Sys: sys,
+		Dir: c.dir, Env: c.env, Files: streams.child[:], Sys: sys,
 	})
 	if err != nil {
 		return err
 	}
-	pipes.forked()
+	streams.forked()
 	return nil
 }
 
 // attend stays with a process from its start to the end of its retention.
-func (s *Server) attend(p *process, pipes *pipes, timer *time.Timer) {
-	pumped := make(chan struct{}, 2)
-	for i, wrap := range []func([]byte) *processv1.ProcessEvent_DataEvent{stdoutEvent, stderrEvent} {
-		go func() {
-			p.pump(pipes.ours[i+1], func(chunk []byte) {
-				p.deliver(&processv1.ProcessEvent{Event: &processv1.ProcessEvent_Data{Data: wrap(chunk)}})
-			})
-			pumped <- struct{}{}
-		}()
+func (s *Server) attend(p *process, streams *streams, timer *time.Timer) {
+	var pumps sync.WaitGroup
+	for _, o := range streams.output {
+		pumps.Go(func() { p.pump(o) })
 	}
 	p.end = endEvent(p.child.Wait())
+	p.config.Store(nil)
 	close(p.exited)
 	if timer != nil {
 		timer.Stop()
@@ -189,10 +216,8 @@ func (s *Server) attend(p *process, pipes *pipes, timer *time.Timer) {
 	if p.stdin != nil {
 		p.stdin.abort()
 	}
-	wake(pipes.ours[1])
-	wake(pipes.ours[2])
-	<-pumped
-	<-pumped
+	streams.ended()
+	pumps.Wait()
 	close(p.done)
 	s.retire(p)
 }
@@ -212,14 +237,6 @@ func (s *Server) sweepGroup(g *group) {
 	if !g.remove() {
 		time.AfterFunc(Retention, func() { s.sweepGroup(g) })
 	}
-}
-
-func stdoutEvent(chunk []byte) *processv1.ProcessEvent_DataEvent {
-	return &processv1.ProcessEvent_DataEvent{Output: &processv1.ProcessEvent_DataEvent_Stdout{Stdout: chunk}}
-}
-
-func stderrEvent(chunk []byte) *processv1.ProcessEvent_DataEvent {
-	return &processv1.ProcessEvent_DataEvent{Output: &processv1.ProcessEvent_DataEvent_Stderr{Stderr: chunk}}
 }
 
 func errorf(code connect.Code, format string, args ...any) error {

@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -90,7 +89,7 @@ func TestLargeOutputArrivesWholeWithFlatMemory(t *testing.T) {
 		out := f.stream.Msg().GetEvent().GetData().GetStdout()
 		got.Write(out)
 		if n/(32<<20) != (n+int64(len(out)))/(32<<20) {
-			peak = max(peak, heap())
+			peak = max(peak, guesttest.Heap())
 		}
 		n += int64(len(out))
 	}
@@ -125,14 +124,6 @@ func randomFile(t *testing.T, size int64) (path string, data []byte) {
 
 func equal(a, b hash.Hash) bool { return string(a.Sum(nil)) == string(b.Sum(nil)) }
 
-// heap is what is in use, of client and agent together.
-func heap() uint64 {
-	var m runtime.MemStats
-	runtime.GC()
-	runtime.ReadMemStats(&m)
-	return m.HeapAlloc
-}
-
 // TestASlowReaderSlowsTheProcess does not read, and sees that the producer gets
 // no further than the pipes and sockets between them hold.
 func TestASlowReaderSlowsTheProcess(t *testing.T) {
@@ -154,7 +145,7 @@ func TestASlowReaderSlowsTheProcess(t *testing.T) {
 	if last >= 400 {
 		t.Fatal("the producer was not slowed: it wrote 100 MiB that nobody read")
 	}
-	if h := heap(); h > 64<<20 {
+	if h := guesttest.Heap(); h > 64<<20 {
 		t.Errorf("the heap is %d MiB", h>>20)
 	}
 	if res := f.finish(t); len(res.Stdout) != 400*262144 || res.End.GetExitCode() != 0 {
@@ -244,14 +235,66 @@ func TestKeepalive(t *testing.T) {
 	}
 }
 
+// TestManyShortCommandsLoseNothing starts one after the other, and asks of the
+// first and the last how they ended: each is kept for its retention.
 func TestManyShortCommandsLoseNothing(t *testing.T) {
 	g := guesttest.Start(t, guesttest.Options{})
-	before := testkit.OpenFDs(t)
-	for i := range 200 {
-		res := mustRun(t, g, &processv1.StartRequest{Process: &processv1.ProcessConfig{Cmd: "echo", Args: []string{strconv.Itoa(i)}}})
-		if res.Output() != strconv.Itoa(i) {
-			t.Fatalf("run %d gave %q", i, res.Output())
+	for _, kind := range []struct {
+		name string
+		pty  *processv1.PTY
+		n    int
+	}{{"pipes", nil, 1000}, {"terminals", &processv1.PTY{}, 250}} {
+		t.Run(kind.name, func(t *testing.T) {
+			done := g.Watch(t, 4<<20)
+			var pids []uint32
+			for i := range kind.n {
+				req := guesttest.Shell(fmt.Sprintf("echo %d; exit %d", i, i%200))
+				req.Pty = kind.pty
+				res := mustRun(t, g, req)
+				out := strings.TrimSpace(string(res.Stdout) + string(res.PTY))
+				if out != strconv.Itoa(i) || res.End.GetExitCode() != int32(i%200) {
+					t.Fatalf("run %d gave %q, %v", i, out, res.End)
+				}
+				pids = append(pids, res.PID)
+			}
+			for _, i := range []int{0, kind.n - 1} {
+				stream := connectTo(t, g, pids[i])
+				if !stream.Receive() || stream.Msg().GetEvent().GetEnd().GetExitCode() != int32(i%200) {
+					t.Errorf("end of run %d: %v, %v", i, stream.Msg(), stream.Err())
+				}
+				if err := stream.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+			done()
+		})
+	}
+}
+
+// TestAProcessThatEndsBeforeItsFirstReader reads nothing until the process is
+// long gone.
+func TestAProcessThatEndsBeforeItsFirstReader(t *testing.T) {
+	g := guesttest.Start(t, guesttest.Options{})
+	for _, pty := range []*processv1.PTY{nil, {}} {
+		pidFile := filepath.Join(t.TempDir(), "pid")
+		req := guesttest.Shell("seq 1 500; echo $$ > " + pidFile + "; exit 9")
+		req.Pty = pty
+		stream, err := g.Process.Start(t.Context(), connect.NewRequest(req))
+		if err != nil {
+			t.Fatal(err)
+		}
+		testkit.Eventually(t, 10*time.Second, "at its end", func() bool {
+			data, _ := os.ReadFile(pidFile) // not there yet: 0
+			pid, _ := strconv.Atoi(strings.TrimSpace(string(data)))
+			return pid > 0 && !alive(pid)
+		})
+		var res guesttest.Result
+		for stream.Receive() {
+			res.Take(stream.Msg().GetEvent())
+		}
+		lines := strings.Fields(string(res.Stdout) + string(res.PTY))
+		if stream.Err() != nil || res.PID == 0 || len(lines) != 500 || lines[499] != "500" || res.End.GetExitCode() != 9 {
+			t.Errorf("pid %d, %d lines, end %v, %v", res.PID, len(lines), res.End, stream.Err())
 		}
 	}
-	testkit.Eventually(t, 5*time.Second, "without leaked descriptors", func() bool { return testkit.OpenFDs(t) <= before+4 })
 }

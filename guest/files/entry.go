@@ -28,7 +28,7 @@ func entry(path string, names account.Names) (*filesystemv1.EntryInfo, error) {
 func entryOf(path string, info fs.FileInfo, names account.Names) *filesystemv1.EntryInfo {
 	e := &filesystemv1.EntryInfo{
 		Name: utf8(filepath.Base(path)), Path: utf8(path), Size: info.Size(),
-		ModifiedTime: timestamppb.New(info.ModTime()),
+		ModifiedTime: timestamppb.New(info.ModTime()), Metadata: readMetadata(path),
 	}
 	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
 		e.Owner, e.Group = utf8(names.User(stat.Uid)), utf8(names.Group(stat.Gid))

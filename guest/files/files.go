@@ -1,5 +1,5 @@
-// Package files is the filesystem service of the guest's contract, without
-// watchers, and its HTTP half: GET and POST /files.
+// Package files is the filesystem service of the guest's contract, and its HTTP
+// half: GET and POST /files.
 //
 // It acts as the agent's own user, which is root in a VM; what it makes belongs
 // to the user of the request. Only regular files are read and written: a device
@@ -21,24 +21,31 @@ import (
 	"github.com/dormouse-sandbox/dormouse/guest/account"
 	"github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/filesystem/filesystemconnect"
 	"github.com/dormouse-sandbox/dormouse/guest/identity"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
-// MaxEntries bounds one listing: its answer is built in memory.
-const MaxEntries = 50_000
+// These bound one listing, whose answer is built in memory.
+const (
+	MaxEntries = 50_000
+	MaxListing = 12 << 20 // bytes
+)
 
 // Server is the filesystem service.
 type Server struct {
-	filesystemconnect.UnimplementedFilesystemHandler
 	identity *identity.Current
 	log      *slog.Logger
+	gzips    chan struct{} // holds one token for each download that is compressed
+	watchers watchers
 }
+
+var _ filesystemconnect.FilesystemHandler = (*Server)(nil)
 
 // New builds a server.
 func New(current *identity.Current, log *slog.Logger) *Server {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Server{identity: current, log: log}
+	return &Server{identity: current, log: log, gzips: make(chan struct{}, gzipsAtOnce)}
 }
 
 // user is whom a call is for: named by its Authorization header, or the default.
@@ -121,7 +128,7 @@ func rpcError(err error) error {
 		code = connect.CodeNotFound
 	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
 		code = connect.CodePermissionDenied
-	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+	case sandbox.DiskFull(err):
 		code = connect.CodeResourceExhausted
 	case errors.Is(err, syscall.ENOTDIR), errors.Is(err, syscall.ELOOP), errors.Is(err, syscall.ENAMETOOLONG),
 		errors.Is(err, syscall.EINVAL), errors.Is(err, syscall.EISDIR):

@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"maps"
+	"math/rand/v2"
 	"mime/multipart"
 	"net/http"
 	"net/url"
@@ -18,7 +20,10 @@ import (
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
+
 	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
+	filesystemv1 "github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/filesystem"
 	"github.com/dormouse-sandbox/dormouse/guest/guesttest"
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 )
@@ -188,7 +193,7 @@ func TestUpload(t *testing.T) {
 
 func noTemp(t *testing.T, dir string) {
 	t.Helper()
-	left, err := filepath.Glob(dir + "/.dormouse-upload-*")
+	left, err := filepath.Glob(dir + "/.dormouse-*")
 	if err != nil || len(left) > 0 {
 		t.Errorf("left behind: %v, %v", left, err)
 	}
@@ -276,6 +281,9 @@ func TestMultipart(t *testing.T) {
 	body, contentType = form(t, files)
 	res, answer := post(t, g, fileURL(g, "path", "chosen"), contentType, body)
 	wantError(t, "several files for one path", res, answer, 400, "leave out path")
+	body, contentType = form(t, map[string]string{"twice": "1", "./twice": "2"})
+	res, answer = post(t, g, g.URL+"/files", contentType, body)
+	wantError(t, "one name twice", res, answer, 400, "cannot both go to")
 }
 
 func TestCompressedUpload(t *testing.T) {
@@ -335,7 +343,7 @@ func TestACutUploadLeavesTheOldFile(t *testing.T) {
 		}
 	}
 	testkit.Eventually(t, 5*time.Second, "rid of the temporary files", func() bool {
-		left, _ := filepath.Glob(g.Home + "/.dormouse-upload-*") // the pattern is right
+		left, _ := filepath.Glob(g.Home + "/.dormouse-*") // the pattern is right
 		return len(left) == 0
 	})
 	if got, err := os.ReadFile(g.Home + "/f"); err != nil || string(got) != "old" {
@@ -364,6 +372,271 @@ func TestAFullDisk(t *testing.T) {
 	res, body := post(t, g, fileURL(g, "path", small+"/f"), octets, bytes.NewReader(make([]byte, 4<<20)))
 	wantError(t, "full", res, body, http.StatusInsufficientStorage, "no space left on device")
 	noTemp(t, small)
+}
+
+// getWith asks for a file with further headers.
+func getWith(t *testing.T, g *guesttest.Guest, method, path string, header map[string]string) (*http.Response, []byte) {
+	t.Helper()
+	req, err := http.NewRequest(method, fileURL(g, "path", path), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for k, v := range header {
+		req.Header.Set(k, v)
+	}
+	res, err := g.Client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return res, readAll(t, res)
+}
+
+func TestPartsAndConditions(t *testing.T) {
+	g := guesttest.Start(t, guesttest.Options{})
+	write(t, g.Home+"/f", "0123456789")
+	res, _ := get(t, g.Client, fileURL(g, "path", "f"))
+	modified := res.Header.Get("Last-Modified")
+	old := time.Unix(1e9, 0).UTC().Format(http.TimeFormat)
+	for _, tt := range []struct {
+		name, value string
+		status      int
+		body        string
+	}{
+		{"Range", "bytes=2-4", 206, "234"},
+		{"Range", "bytes=-3", 206, "789"},
+		{"Range", "bytes=7-", 206, "789"},
+		{"Range", "bytes=99-", 416, ""},
+		{"If-Modified-Since", modified, 304, ""},
+		{"If-Modified-Since", old, 200, "0123456789"},
+		{"If-Unmodified-Since", old, 412, ""},
+		{"If-None-Match", "*", 304, ""},
+		{"If-None-Match", `"x"`, 200, "0123456789"}, // there is no ETag to match
+	} {
+		for _, encoding := range []string{"", "gzip"} { // a part is never compressed
+			res, body := getWith(t, g, "GET", "f", map[string]string{tt.name: tt.value, "Accept-Encoding": encoding})
+			if res.StatusCode != tt.status || res.Header.Get("Content-Encoding") != "" || tt.status < 300 && string(body) != tt.body {
+				t.Errorf("%s: %s, %q: %d %q", tt.name, tt.value, encoding, res.StatusCode, body)
+			}
+		}
+	}
+	res, body := getWith(t, g, "GET", "f", map[string]string{"Range": "bytes=0-0,-1"})
+	if res.StatusCode != 206 || !strings.HasPrefix(res.Header.Get("Content-Type"), "multipart/byteranges") || !bytes.Contains(body, []byte("bytes 9-9/10")) {
+		t.Errorf("two ranges: %d %s %s", res.StatusCode, res.Header.Get("Content-Type"), body)
+	}
+	if res, body := getWith(t, g, "HEAD", "f", nil); res.StatusCode != 200 || len(body) != 0 || res.ContentLength != 10 {
+		t.Errorf("HEAD: %d, length %d", res.StatusCode, res.ContentLength)
+	}
+	res, body = getWith(t, g, "GET", "f", map[string]string{"Range": "bytes=0-1", "Accept-Encoding": "gzip, identity;q=0"})
+	wantError(t, "a part only without identity", res, body, 406, "Accept-Encoding")
+}
+
+func TestCompressedDownload(t *testing.T) {
+	g := guesttest.Start(t, guesttest.Options{})
+	content := strings.Repeat("compress me ", 10_000)
+	write(t, g.Home+"/f", content)
+	write(t, g.Home+"/empty", "")
+	for accept, want := range map[string]string{
+		"gzip":                        "gzip",
+		"GZip":                        "gzip",
+		"gzip, deflate, br":           "gzip",
+		"gzip;q=0.5":                  "gzip",
+		"br;q=1.0, gzip;q=0.8, *;q=0": "gzip",
+		"identity;q=0, *":             "gzip",
+		"":                            "",
+		"br":                          "",
+		"*":                           "",
+		"identity":                    "",
+		"gzip;q=0":                    "",
+		"gzip;q=0.2, identity;q=0.9":  "",
+		"gzip;q=much":                 "",
+		"*;q=0":                       "406",
+		"identity;q=0":                "406",
+		"br, identity;q=0":            "406",
+	} {
+		res, body := getWith(t, g, "GET", "f", map[string]string{"Accept-Encoding": accept})
+		if want == "406" {
+			wantError(t, accept, res, body, 406, "Accept-Encoding")
+			continue
+		}
+		if res.StatusCode != 200 || res.Header.Get("Content-Encoding") != want || res.Header.Get("Vary") != "Accept-Encoding" {
+			t.Errorf("%q: %d %v", accept, res.StatusCode, res.Header)
+		}
+		if want == "gzip" {
+			if len(body) > len(content)/10 {
+				t.Errorf("%q: %d bytes are not compressed", accept, len(body))
+			}
+			body = gunzip(t, body)
+		}
+		if string(body) != content {
+			t.Errorf("%q: other bytes came back", accept)
+		}
+	}
+	res, _ := getWith(t, g, "GET", "empty", map[string]string{"Accept-Encoding": "gzip"})
+	if res.Header.Get("Content-Encoding") != "" || res.Header.Get("Content-Length") != "0" {
+		t.Errorf("an empty file: %v", res.Header)
+	}
+	res, _ = getWith(t, g, "HEAD", "f", map[string]string{"Accept-Encoding": "gzip"})
+	if res.Header.Get("Content-Encoding") != "gzip" || res.ContentLength == int64(len(content)) {
+		t.Errorf("HEAD: %v", res.Header)
+	}
+}
+
+func gunzip(t *testing.T, data []byte) []byte {
+	t.Helper()
+	zr, err := gzip.NewReader(bytes.NewReader(data))
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain, err := io.ReadAll(zr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return plain
+}
+
+// TestManyCompressedDownloads has more at once than are compressed: all arrive,
+// and what they hold is bounded.
+func TestManyCompressedDownloads(t *testing.T) {
+	g := guesttest.Start(t, guesttest.Options{})
+	random := make([]byte, 8<<20) // it does not fit into sockets
+	rng := rand.New(rand.NewPCG(1, 2))
+	for i := range random {
+		random[i] = byte(rng.Uint32())
+	}
+	write(t, g.Home+"/f", string(random))
+	done := g.Watch(t, 4<<20)
+	var open []*http.Response
+	packed := 0
+	for range 20 {
+		req, err := http.NewRequest("GET", fileURL(g, "path", "f"), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Accept-Encoding", "gzip")
+		res, err := g.Client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if res.Header.Get("Content-Encoding") == "gzip" {
+			packed++
+		}
+		open = append(open, res)
+	}
+	if packed == 0 || packed == len(open) {
+		t.Errorf("%d of %d are compressed", packed, len(open))
+	}
+	for i, res := range open {
+		if i%2 == 0 { // half of them are given up
+			_ = res.Body.Close() // on purpose
+			continue
+		}
+		body := readAll(t, res)
+		if res.Header.Get("Content-Encoding") == "gzip" {
+			body = gunzip(t, body)
+		}
+		if !bytes.Equal(body, random) {
+			t.Errorf("download %d has other bytes", i)
+		}
+	}
+	done()
+}
+
+func TestMetadata(t *testing.T) {
+	g := guesttest.Start(t, guesttest.Options{})
+	put := func(header map[string]string, client *http.Client) []guestapi.WrittenFile {
+		t.Helper()
+		body, contentType := form(t, map[string]string{g.Home + "/one": "1", g.Home + "/two": "2"})
+		req, err := http.NewRequest("POST", g.URL+"/files", body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Content-Type", contentType)
+		for k, v := range header {
+			req.Header.Set(k, v)
+		}
+		res, err := client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		answer := readAll(t, res)
+		if res.StatusCode == http.StatusNotImplemented {
+			testkit.Require(t, "xattr", false, string(answer))
+		}
+		var written []guestapi.WrittenFile
+		if err := json.Unmarshal(answer, &written); err != nil || res.StatusCode != 200 || len(written) != 2 {
+			t.Fatalf("%d %s", res.StatusCode, answer)
+		}
+		return written
+	}
+	check := func(want map[string]string, written []guestapi.WrittenFile) {
+		t.Helper()
+		for _, f := range written {
+			e, err := stat(t, g, f.Path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !maps.Equal(f.Metadata, want) || !maps.Equal(e.GetMetadata(), want) {
+				t.Errorf("%s: the answer has %v, Stat %v, want %v", f.Path, f.Metadata, e.GetMetadata(), want)
+			}
+		}
+	}
+	check(map[string]string{"author": "me", "content-kind": "a b; c"},
+		put(map[string]string{"X-Metadata-Author": "me", "X-Metadata-Content-Kind": "a b; c"}, g.Client))
+	// The whole set is replaced, also by nothing.
+	check(map[string]string{"other": "x"}, put(map[string]string{"X-Metadata-Other": "x"}, g.Client))
+	if err := syscall.Setxattr(g.Home+"/one", "user.mine", []byte("y"), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Setxattr(g.Home+"/one", "user.e2b.binary", []byte("\xff"), 0); err != nil {
+		t.Fatal(err)
+	}
+	if e, err := stat(t, g, "one"); err != nil || !maps.Equal(e.GetMetadata(), map[string]string{"other": "x"}) {
+		t.Errorf("with what others have set: %v, %v", e.GetMetadata(), err)
+	}
+	if err := os.Symlink("one", g.Home+"/link"); err != nil {
+		t.Fatal(err)
+	}
+	if e, err := stat(t, g, "link"); err != nil || e.GetMetadata()["other"] != "x" {
+		t.Errorf("through a link: %v, %v", e.GetMetadata(), err)
+	}
+	if _, err := g.Filesystem.Move(t.Context(), connect.NewRequest(&filesystemv1.MoveRequest{Source: "two", Destination: "three"})); err != nil {
+		t.Fatal(err)
+	}
+	list, err := g.Filesystem.ListDir(t.Context(), connect.NewRequest(&filesystemv1.ListDirRequest{Path: "~"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range list.Msg.GetEntries() {
+		if e.GetName() == "three" && e.GetMetadata()["other"] != "x" {
+			t.Errorf("after a move the list has %v", e)
+		}
+	}
+	check(nil, put(nil, g.Client))
+}
+
+func TestMetadataThatIsRefused(t *testing.T) {
+	g := guesttest.Start(t, guesttest.Options{})
+	for name, tt := range map[string]struct{ key, value, text string }{
+		"no key":       {"", "x", "no key"},
+		"a long key":   {strings.Repeat("k", 247), "x", "247 bytes"},
+		"too much":     {"k", strings.Repeat("v", 4090), "at most 4096"},
+		"other script": {"k", "caf\u00e9", "printable"},
+	} {
+		req, err := http.NewRequest("POST", fileURL(g, "path", "f"), strings.NewReader("x"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Content-Type", octets)
+		req.Header.Set("X-Metadata-"+tt.key, tt.value)
+		res, err := g.Client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantError(t, name, res, readAll(t, res), 400, tt.text)
+	}
+	if _, err := os.Stat(g.Home + "/f"); err == nil {
+		t.Error("the file was written all the same")
+	}
 }
 
 // TestLargeFilesWithFlatMemory sends zeroes through both ways.

@@ -15,6 +15,7 @@ import (
 
 	"github.com/dormouse-sandbox/dormouse/guest/account"
 	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
 // statusError is an error with the HTTP status it is answered with.
@@ -36,7 +37,7 @@ func statusOf(err error) int {
 	switch {
 	case errors.As(err, &known):
 		return known.status
-	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+	case sandbox.DiskFull(err):
 		return http.StatusInsufficientStorage
 	case errors.Is(err, fs.ErrNotExist):
 		return http.StatusNotFound
@@ -134,8 +135,19 @@ func (s *Server) download(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	defer func() { _ = f.Close() }() // read only
+	w.Header().Set("Vary", "Accept-Encoding")
+	release, err := s.takeGzip(r, info.Size())
+	if err != nil {
+		return err
+	}
 	w.Header().Set("Content-Type", "application/octet-stream")
-	http.ServeContent(w, r, "", info.ModTime(), f)
+	if release == nil {
+		http.ServeContent(w, r, "", info.ModTime(), f)
+		return nil
+	}
+	defer release()
+	w.Header().Set("Last-Modified", info.ModTime().UTC().Format(http.TimeFormat))
+	sendGzip(w, r, f, info.Size())
 	return nil
 }
 

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/dormouse-sandbox/dormouse/guest/account"
 	filesystemv1 "github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/filesystem"
@@ -119,10 +120,11 @@ func list(ctx context.Context, root string, depth int, names account.Names) ([]*
 		return nil, rpcError(err)
 	}
 	var entries []*filesystemv1.EntryInfo
+	size := 0
 	err = filepath.WalkDir(resolved, func(path string, d fs.DirEntry, err error) error {
 		switch {
 		case ctx.Err() != nil:
-			return ctx.Err()
+			return context.Cause(ctx)
 		case errors.Is(err, fs.ErrNotExist) && path != resolved:
 			return nil // removed while we walked
 		case err != nil:
@@ -130,8 +132,8 @@ func list(ctx context.Context, root string, depth int, names account.Names) ([]*
 		case path == resolved:
 			return nil
 		}
-		if len(entries) == MaxEntries {
-			return errorf(connect.CodeResourceExhausted, "%s has more than %d entries to list: ask for less depth", root, MaxEntries)
+		if len(entries) == MaxEntries || size > MaxListing {
+			return errorf(connect.CodeResourceExhausted, "%s has more to list than %d entries and %d MiB: ask for less depth", root, MaxEntries, MaxListing>>20)
 		}
 		relative, err := filepath.Rel(resolved, path)
 		if err != nil {
@@ -139,7 +141,9 @@ func list(ctx context.Context, root string, depth int, names account.Names) ([]*
 		}
 		info, err := d.Info()
 		if err == nil {
-			entries = append(entries, entryOf(filepath.Join(root, relative), info, names))
+			e := entryOf(filepath.Join(root, relative), info, names)
+			entries = append(entries, e)
+			size += proto.Size(e)
 		}
 		if d.IsDir() && strings.Count(relative, "/")+1 >= depth {
 			return fs.SkipDir

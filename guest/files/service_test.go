@@ -162,12 +162,6 @@ func TestListDir(t *testing.T) {
 	}
 }
 
-func TestWatchersAreNotThereYet(t *testing.T) {
-	g := guesttest.Start(t, guesttest.Options{})
-	_, err := g.Filesystem.CreateWatcher(t.Context(), connect.NewRequest(&filesystemv1.CreateWatcherRequest{Path: "~"}))
-	wantCode(t, "CreateWatcher", err, connect.CodeUnimplemented)
-}
-
 // TestNamesThatAreNoText: names are bytes, answers are text.
 func TestNamesThatAreNoText(t *testing.T) {
 	g := guesttest.Start(t, guesttest.Options{})

@@ -1,7 +1,6 @@
 package files
 
 import (
-	"compress/gzip"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,13 +11,18 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/dormouse-sandbox/dormouse/guest/account"
 	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
 )
 
-// tempPrefix marks what an upload has not published yet. Its maker removes it.
-const tempPrefix = ".dormouse-upload-"
+// These mark what an upload has not published yet: a new file, and one that will
+// replace another. Their maker removes them, and watchers read them (see watch).
+const (
+	tempNew     = ".dormouse-upload-"
+	tempReplace = ".dormouse-replace-"
+)
 
 // copyBuffer is the size of the one buffer an upload uses, in bytes.
 const copyBuffer = 128 << 10
@@ -35,16 +39,20 @@ func (s *Server) upload(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	metadata, err := metadataOf(r.Header)
+	if err != nil {
+		return err
+	}
+	to := &target{server: s, user: user, metadata: metadata, written: []guestapi.WrittenFile{}}
 	mediaType, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	if err != nil {
 		return statusf(http.StatusBadRequest, "Content-Type: %w", err)
 	}
-	var written []guestapi.WrittenFile
 	switch mediaType {
 	case "application/octet-stream":
-		written, err = s.uploadRaw(r, user, body)
+		err = to.raw(r.URL.Query().Get("path"), body)
 	case "multipart/form-data":
-		written, err = s.uploadParts(r, user, multipart.NewReader(body, params["boundary"]))
+		err = to.parts(r.URL.Query().Get("path"), multipart.NewReader(body, params["boundary"]))
 	default:
 		err = statusf(http.StatusUnsupportedMediaType, "Content-Type %s: use multipart/form-data or application/octet-stream", mediaType)
 	}
@@ -52,44 +60,34 @@ func (s *Server) upload(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/json")
-	return json.NewEncoder(w).Encode(written)
+	return json.NewEncoder(w).Encode(to.written)
 }
 
-func decoded(r *http.Request) (io.Reader, error) {
-	switch encoding := r.Header.Get("Content-Encoding"); encoding {
-	case "", "identity":
-		return r.Body, nil
-	case "gzip":
-		zr, err := gzip.NewReader(r.Body)
-		if err != nil {
-			return nil, statusf(http.StatusBadRequest, "body: %w", err)
-		}
-		return zr, nil
-	default:
-		return nil, statusf(http.StatusUnsupportedMediaType, "Content-Encoding %s: use gzip or none", encoding)
-	}
+// target is where the files of one upload go.
+type target struct {
+	server   *Server
+	user     account.User
+	metadata map[string]string // of each file
+	written  []guestapi.WrittenFile
 }
 
-func (s *Server) uploadRaw(r *http.Request, user account.User, body io.Reader) ([]guestapi.WrittenFile, error) {
-	path := r.URL.Query().Get("path")
+func (t *target) raw(path string, body io.Reader) error {
 	if path == "" {
-		return nil, statusf(http.StatusBadRequest, "path is missing")
+		return statusf(http.StatusBadRequest, "path is missing")
 	}
-	return s.publish(nil, user, path, body)
+	return t.publish(path, body)
 }
 
-// uploadParts writes every part called "file". With a path in the query there
-// can be only one.
-func (s *Server) uploadParts(r *http.Request, user account.User, parts *multipart.Reader) ([]guestapi.WrittenFile, error) {
-	fixed := r.URL.Query().Get("path")
-	written := []guestapi.WrittenFile{}
+// parts writes every part called "file". With a path in the query there can be
+// only one.
+func (t *target) parts(fixed string, parts *multipart.Reader) error {
 	for {
 		part, err := parts.NextRawPart()
 		if err == io.EOF { // a body that is cut between two parts wraps it
 			break
 		}
 		if err != nil {
-			return nil, statusf(http.StatusBadRequest, "multipart body: %w", err)
+			return statusf(http.StatusBadRequest, "multipart body: %w", err)
 		}
 		if part.FormName() != "file" {
 			continue
@@ -100,18 +98,18 @@ func (s *Server) uploadParts(r *http.Request, user account.User, parts *multipar
 		}
 		switch {
 		case path == "":
-			return nil, statusf(http.StatusBadRequest, "a part has no file name and the query no path")
-		case fixed != "" && len(written) > 0:
-			return nil, statusf(http.StatusBadRequest, "several files cannot all go to %s: leave out path", fixed)
+			return statusf(http.StatusBadRequest, "a part has no file name and the query no path")
+		case fixed != "" && len(t.written) > 0:
+			return statusf(http.StatusBadRequest, "several files cannot all go to %s: leave out path", fixed)
 		}
-		if written, err = s.publish(written, user, path, part); err != nil {
-			return nil, err
+		if err := t.publish(path, part); err != nil {
+			return err
 		}
 	}
-	if len(written) == 0 {
-		return nil, statusf(http.StatusBadRequest, "the body has no part named \"file\"")
+	if len(t.written) == 0 {
+		return statusf(http.StatusBadRequest, "the body has no part named \"file\"")
 	}
-	return written, nil
+	return nil
 }
 
 // fileName is the part's file name with its directories, which Part.FileName
@@ -124,30 +122,38 @@ func fileName(part *multipart.Part) string {
 	return params["filename"]
 }
 
-// publish writes one file and appends what the answer says about it.
-func (s *Server) publish(written []guestapi.WrittenFile, user account.User, path string, body io.Reader) ([]guestapi.WrittenFile, error) {
-	path, err := s.resolve(user, path)
-	if err != nil {
-		return nil, err
-	}
-	if err := replace(path, user, body); err != nil {
-		return nil, err
-	}
-	return append(written, guestapi.WrittenFile{Name: filepath.Base(path), Path: path, Type: "file"}), nil
-}
-
-// replace writes body to a temporary file beside path and renames it when it is
-// complete. An existing file keeps its mode; its owner becomes user. A link
-// stays, and what it points to is replaced.
-func replace(path string, user account.User, body io.Reader) (err error) {
-	path, mode, err := destination(path)
+// publish writes one file and notes what the answer says about it.
+func (t *target) publish(path string, body io.Reader) error {
+	path, err := t.server.resolve(t.user, path)
 	if err != nil {
 		return err
 	}
-	if err := mkdirAll(parent(path), user); err != nil {
+	if slices.ContainsFunc(t.written, func(f guestapi.WrittenFile) bool { return f.Path == path }) {
+		return statusf(http.StatusBadRequest, "two files of one upload cannot both go to %s", path)
+	}
+	if err := t.replace(path, body); err != nil {
+		return err
+	}
+	t.written = append(t.written, guestapi.WrittenFile{Name: filepath.Base(path), Path: path, Type: "file", Metadata: t.metadata})
+	return nil
+}
+
+// replace writes body to a temporary file beside path and renames it when it is
+// complete. An existing file keeps its mode; its owner becomes the user, and its
+// metadata is that of the upload. A link stays, and what it points to is replaced.
+func (t *target) replace(path string, body io.Reader) (err error) {
+	path, mode, exists, err := destination(path)
+	if err != nil {
+		return err
+	}
+	if err := mkdirAll(parent(path), t.user); err != nil {
 		return fmt.Errorf("make the directory of %s: %w", path, err)
 	}
-	f, err := os.CreateTemp(parent(path), tempPrefix+"*")
+	prefix := tempNew
+	if exists {
+		prefix = tempReplace
+	}
+	f, err := os.CreateTemp(parent(path), prefix+"*")
 	if err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
@@ -160,35 +166,38 @@ func replace(path string, user account.User, body io.Reader) (err error) {
 	if err := fill(f, path, body); err != nil {
 		return err
 	}
-	if err := errors.Join(f.Chmod(mode), give(f.Name(), user), f.Close()); err != nil {
+	if err := keepMetadata(f, t.metadata); err != nil {
+		return err
+	}
+	if err := errors.Join(f.Chmod(mode), give(f.Name(), t.user), f.Close()); err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	return os.Rename(f.Name(), path)
 }
 
 // destination follows links to the file that will be replaced, and gives the
-// mode it shall have.
-func destination(path string) (string, fs.FileMode, error) {
+// mode it shall have, and whether it exists.
+func destination(path string) (_ string, mode fs.FileMode, exists bool, err error) {
 	for range 40 { // as many links as the kernel follows
 		info, err := os.Lstat(path)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
-			return path, 0o644, nil
+			return path, 0o644, false, nil
 		case err != nil:
-			return "", 0, err
+			return "", 0, false, err
 		case info.Mode()&fs.ModeSymlink == 0:
-			return path, info.Mode().Perm(), regular(path, info)
+			return path, info.Mode().Perm(), true, regular(path, info)
 		}
-		target, err := os.Readlink(path)
+		hop, err := os.Readlink(path)
 		if err != nil {
-			return "", 0, err
+			return "", 0, false, err
 		}
-		if !filepath.IsAbs(target) {
-			target = filepath.Join(filepath.Dir(path), target)
+		if !filepath.IsAbs(hop) {
+			hop = filepath.Join(filepath.Dir(path), hop)
 		}
-		path = target
+		path = hop
 	}
-	return "", 0, statusf(http.StatusBadRequest, "%s: too many levels of links", path)
+	return "", 0, false, statusf(http.StatusBadRequest, "%s: too many levels of links", path)
 }
 
 // fill copies with one buffer and tells the two sides of an error apart.

@@ -19,13 +19,19 @@ const Port = 49983
 
 // Version is the version of the public in-sandbox protocol the agent speaks.
 // It rises to the next feature level only when all of that level holds.
-const Version = "0.1.0"
+const Version = "0.6.4"
 
 // Header names.
 const (
 	HeaderToken     = "X-Access-Token"
-	HeaderSignature = "X-Dormouse-Signature" // see Sign
+	HeaderSignature = "X-Dormouse-Signature"    // see Sign
+	HeaderKeepalive = "Keepalive-Ping-Interval" // seconds
+	HeaderRecord    = "X-Dormouse-Record"       // of a start: the name under which its output is kept
 )
+
+// Records is the guest's directory for the output of processes that were started
+// with HeaderRecord: NAME.log, and NAME.log.1 before it, of bounded size.
+const Records = "/run/dormouse"
 
 // Boot is what the agent learns from the kernel's command line, as PID 1.
 type Boot struct {
@@ -34,6 +40,7 @@ type Boot struct {
 	Gateway    netip.Addr        // also its resolver
 	HostKey    ed25519.PublicKey // verifies what the host signs
 	Hostname   string
+	SandboxID  string // until the first /init
 }
 
 // Parameter names on the command line. The kernel hands unknown ones with a dot
@@ -44,6 +51,7 @@ const (
 	paramGateway  = "dormouse.gateway"
 	paramHostKey  = "dormouse.hostkey"
 	paramHostname = "dormouse.hostname"
+	paramSandbox  = "dormouse.sandbox"
 )
 
 // Cmdline writes b as kernel parameters.
@@ -57,6 +65,9 @@ func (b Boot) Cmdline() string {
 	}
 	if b.Hostname != "" {
 		params = append(params, paramHostname+"="+b.Hostname)
+	}
+	if b.SandboxID != "" {
+		params = append(params, paramSandbox+"="+b.SandboxID)
 	}
 	return strings.Join(params, " ")
 }
@@ -79,6 +90,8 @@ func ParseCmdline(cmdline string) (Boot, error) {
 			b.Gateway, err = netip.ParseAddr(value)
 		case paramHostname:
 			b.Hostname = value
+		case paramSandbox:
+			b.SandboxID = value
 		case paramHostKey:
 			var key []byte
 			key, err = base64.RawURLEncoding.DecodeString(value)
@@ -110,6 +123,18 @@ type Init struct {
 	SandboxID string `json:"sandboxID,omitempty"`
 	Hostname  string `json:"hostname,omitempty"`
 	Entropy   []byte `json:"entropy,omitempty"` // mixed into the kernel's random pool
+
+	// Restored says that this machine is a copy of one that was saved, or has slept:
+	// all of this call is done while user processes stand still, connections and
+	// streams of the past are ended, the image's hooks run, and then user
+	// processes go on. The answer is 200 with an Identified.
+	//
+	// When something of it fails, they still stand still, and the guest is still
+	// who it was before: the call can be made again.
+	Restored bool `json:"restored,omitempty"`
+	// NewMachineID replaces /etc/machine-id, where the image has that file. A copy
+	// wants it; a sandbox that has only slept does not.
+	NewMachineID bool `json:"newMachineID,omitempty"`
 }
 
 // Metrics is the body of GET /metrics.

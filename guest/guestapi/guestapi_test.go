@@ -28,7 +28,7 @@ func TestCmdlineRoundTrip(t *testing.T) {
 		"only a disk": {RootDevice: "/dev/vda"},
 		"everything": {
 			RootDevice: "/dev/vdb", Address: netip.MustParsePrefix("100.127.255.2/30"),
-			Gateway: netip.MustParseAddr("100.127.255.1"), HostKey: public, Hostname: "box",
+			Gateway: netip.MustParseAddr("100.127.255.1"), HostKey: public, Hostname: "box", SandboxID: "abc",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -81,19 +81,19 @@ func TestVerifierAcceptsWhatTheHostSignedOnce(t *testing.T) {
 	v := guestapi.NewVerifier(public)
 	now := time.Now()
 	body := []byte(`{"a":1}`)
-	header := guestapi.Sign(private, "POST", "/init", now, body)
-	if err := v.Verify(header, "POST", "/init", body); err != nil {
+	header := guestapi.Sign(private, "me", "POST", "/init", now, body)
+	if err := v.Verify(header, "me", "POST", "/init", body); err != nil {
 		t.Fatal(err)
 	}
-	if err := v.Verify(header, "POST", "/init", body); !errors.Is(err, guestapi.ErrSignature) {
+	if err := v.Verify(header, "me", "POST", "/init", body); !errors.Is(err, guestapi.ErrSignature) {
 		t.Errorf("a repetition: %v", err)
 	}
-	older := guestapi.Sign(private, "POST", "/init", now.Add(-time.Second), body)
-	if err := v.Verify(older, "POST", "/init", body); !errors.Is(err, guestapi.ErrSignature) {
+	older := guestapi.Sign(private, "me", "POST", "/init", now.Add(-time.Second), body)
+	if err := v.Verify(older, "me", "POST", "/init", body); !errors.Is(err, guestapi.ErrSignature) {
 		t.Errorf("an older one: %v", err)
 	}
-	newer := guestapi.Sign(private, "POST", "/init", now.Add(time.Nanosecond), body)
-	if err := v.Verify(newer, "POST", "/init", body); err != nil {
+	newer := guestapi.Sign(private, "me", "POST", "/init", now.Add(time.Nanosecond), body)
+	if err := v.Verify(newer, "me", "POST", "/init", body); err != nil {
 		t.Errorf("a newer one: %v", err)
 	}
 }
@@ -102,10 +102,11 @@ func TestVerifierRefusesWhatTheHostDidNotSign(t *testing.T) {
 	public, private := keys(t)
 	_, stranger := keys(t)
 	now, body := time.Now(), []byte("body")
-	good := guestapi.Sign(private, "POST", "/init", now, body)
+	good := guestapi.Sign(private, "me", "POST", "/init", now, body)
 	stamp, sig, _ := strings.Cut(good, ".")
 	for name, try := range map[string][3]string{
-		"another key":    {guestapi.Sign(stranger, "POST", "/init", now, body), "POST", "body"},
+		"another key":    {guestapi.Sign(stranger, "me", "POST", "/init", now, body), "POST", "body"},
+		"another guest":  {guestapi.Sign(private, "you", "POST", "/init", now, body), "POST", "body"},
 		"another method": {good, "PUT", "body"},
 		"another body":   {good, "POST", "Body"},
 		"another time":   {stamp + "0." + sig, "POST", "body"},
@@ -114,10 +115,10 @@ func TestVerifierRefusesWhatTheHostDidNotSign(t *testing.T) {
 		"cut":            {good[:len(good)-2], "POST", "body"},
 	} {
 		v := guestapi.NewVerifier(public)
-		if err := v.Verify(try[0], try[1], "/init", []byte(try[2])); !errors.Is(err, guestapi.ErrSignature) {
+		if err := v.Verify(try[0], "me", try[1], "/init", []byte(try[2])); !errors.Is(err, guestapi.ErrSignature) {
 			t.Errorf("%s: %v", name, err)
 		}
-		if err := v.Verify(good, "POST", "/init", body); err != nil {
+		if err := v.Verify(good, "me", "POST", "/init", body); err != nil {
 			t.Errorf("%s: the true one is refused afterwards: %v", name, err)
 		}
 	}
@@ -125,12 +126,12 @@ func TestVerifierRefusesWhatTheHostDidNotSign(t *testing.T) {
 
 func FuzzVerify(f *testing.F) {
 	public, private := keys(f)
-	f.Add(guestapi.Sign(private, "POST", "/init", time.Now(), []byte("x")))
+	f.Add(guestapi.Sign(private, "me", "POST", "/init", time.Now(), []byte("x")))
 	f.Add("1.")
 	f.Add(".")
 	f.Fuzz(func(t *testing.T, header string) {
 		v := guestapi.NewVerifier(public)
-		if v.Verify(header, "POST", "/init", []byte("y")) == nil {
+		if v.Verify(header, "me", "POST", "/init", []byte("y")) == nil {
 			t.Errorf("accepted %q", header)
 		}
 	})

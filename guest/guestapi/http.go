@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"strconv"
+	"time"
 )
 
 // Operations of a FileSignature.
@@ -38,6 +39,20 @@ func (f FileSignature) Sign(token string) string {
 // clock.
 func (f FileSignature) Valid(token, signature string) bool {
 	return subtle.ConstantTimeCompare([]byte(f.Sign(token)), []byte(signature)) == 1
+}
+
+// keepaliveDefault is how often an idle stream says that it lives, unless its
+// client wants it otherwise.
+const keepaliveDefault = 90 * time.Second
+
+// Keepalive is how often an idle stream says that it lives, from the header of its
+// request.
+func Keepalive(header http.Header) time.Duration {
+	seconds, err := strconv.ParseUint(header.Get(HeaderKeepalive), 10, 31)
+	if err != nil || seconds == 0 {
+		return keepaliveDefault
+	}
+	return time.Duration(seconds) * time.Second
 }
 
 // WriteError answers an HTTP request with an Error.

@@ -39,6 +39,14 @@ func New(accounts account.Dir, user, workdir string) *Current {
 	return &Current{Accounts: accounts, now: Identity{User: user, Workdir: workdir}}
 }
 
+// BootedAs sets the sandbox that the machine was booted for, which the host names
+// in the first thing that it signs.
+func (c *Current) BootedAs(sandboxID string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.now.SandboxID = sandboxID
+}
+
 // Get returns the identity of this moment.
 func (c *Current) Get() Identity {
 	c.mu.Lock()
