@@ -76,10 +76,32 @@ func (m *machine) reopen(ctx context.Context, u *undo.Stack) (err error) {
 		return err
 	}
 	state, err := m.state(ctx)
-	if err == nil && state != "running" {
+	if err != nil {
+		return err
+	}
+	if state != "running" {
 		m.stopped <- struct{}{} // it may have stopped while nobody listened
 	}
+	m.restored, err = m.hasMappedMemory(ctx)
 	return err
+}
+
+// hasMappedMemory asks QEMU whether its memory is a file, as that of a restored
+// guest is.
+func (m *machine) hasMappedMemory(ctx context.Context) (bool, error) {
+	var objects []struct {
+		Name string `json:"name"`
+		Type string `json:"type"`
+	}
+	if err := m.monitor.run(ctx, "qom-list", map[string]any{"path": "/objects"}, &objects); err != nil {
+		return false, err
+	}
+	for _, o := range objects {
+		if o.Name == "mem" {
+			return o.Type == "child<memory-backend-file>", nil
+		}
+	}
+	return false, nil
 }
 
 // gone is the error for a VM that runs no more, with its last words.

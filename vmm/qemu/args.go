@@ -1,8 +1,10 @@
 package qemu
 
 import (
+	"crypto/rand"
 	"encoding/json"
 	"fmt"
+	"os"
 	"strconv"
 	"strings"
 
@@ -16,6 +18,9 @@ const (
 	logName     = "qemu.log"
 )
 
+// rootNode is the disk.
+const rootNode = "root"
+
 // fds are the numbers that descriptors have inside the QEMU process; 0 is none.
 type fds struct {
 	control int // the listening control socket
@@ -23,12 +28,13 @@ type fds struct {
 	kernel  int
 	initrd  int
 	tap     int
+	memory  int
 }
 
 // args is QEMU's command line.
 //
-// RAM is an object named "mem" and the disk a node named "root", so that a later
-// snapshot can name them. werror=report: a full host disk is an I/O error in the
+// RAM is an object named "mem" and the disk a node named rootNode, by which they
+// are found when the VM is saved. werror=report: a full host disk is an I/O error in the
 // guest, where the default would stop the VM without a word to anybody.
 func (d *Driver) args(spec vmm.Spec, fd fds) ([]string, error) {
 	blockdev, err := blockdevOf(spec)
@@ -39,27 +45,24 @@ func (d *Driver) args(spec vmm.Spec, fd fds) ([]string, error) {
 		"-name", string(spec.ID),
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-		"-M", "microvm,memory-backend=mem,auto-kernel-cmdline=off,pcie=off,usb=off",
+		// A saved state has its devices only, without a word on the machine (which compat has).
+		"-M", "microvm,memory-backend=mem,suppress-vmdesc=on,auto-kernel-cmdline=off,pcie=off,usb=off",
+		"-global", "migration.send-configuration=off",
 		"-global", "virtio-mmio.force-legacy=false",
 		"-smp", strconv.Itoa(spec.VCPUs),
 		"-m", strconv.Itoa(spec.MemMiB) + "M",
-		"-object", fmt.Sprintf("memory-backend-ram,id=mem,size=%dM", spec.MemMiB),
 		"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", fd.control),
 		"-mon", "chardev=qmp,mode=control",
 		"-add-fd", fmt.Sprintf("fd=%d,set=1,opaque=%s", fd.console, tag(spec.Dir)),
 		"-chardev", "file,id=console,path=/dev/fdset/1,append=on",
 		"-serial", "chardev:console",
-		"-kernel", selfFD(fd.kernel),
-		"-append", d.cmdline(spec.Cmdline),
 		"-device", "virtio-rng-device",
 	}
 	args = append(args, d.accelArgs()...)
-	if fd.initrd != 0 {
-		args = append(args, "-initrd", selfFD(fd.initrd))
-	}
+	args = append(args, d.originArgs(spec, fd)...)
 	if blockdev != "" {
 		args = append(args, "-blockdev", blockdev,
-			"-device", "virtio-blk-device,drive=root,werror=report,rerror=report")
+			"-device", "virtio-blk-device,drive="+rootNode+",werror=report,rerror=report,serial="+newSerial())
 	}
 	if fd.tap != 0 {
 		args = append(args, "-netdev", fmt.Sprintf("tap,id=net0,fd=%d,vhost=off", fd.tap),
@@ -67,6 +70,31 @@ func (d *Driver) args(spec vmm.Spec, fd fds) ([]string, error) {
 	}
 	return args, nil
 }
+
+// originArgs say what the guest begins as. One that is restored has its kernel in
+// its memory, which it gets as a private mapping: the file is never written to,
+// though QEMU opens it for that. It waits for the state of its devices, and then
+// to be told to run.
+func (d *Driver) originArgs(spec vmm.Spec, fd fds) []string {
+	if spec.Restore != nil {
+		return []string{
+			"-object", fmt.Sprintf("memory-backend-file,id=mem,size=%dM,share=off,mem-path=%s", spec.MemMiB, selfFD(fd.memory)),
+			"-incoming", "defer", "-S",
+		}
+	}
+	args := []string{
+		"-object", fmt.Sprintf("memory-backend-ram,id=mem,size=%dM", spec.MemMiB),
+		"-kernel", selfFD(fd.kernel), "-append", d.cmdline(spec.Cmdline),
+	}
+	if fd.initrd != 0 {
+		args = append(args, "-initrd", selfFD(fd.initrd))
+	}
+	return args
+}
+
+// newSerial is the disk's serial number, another one in each process: a guest tells
+// by it whether it was restored. A virtio disk shows 20 characters of it.
+func newSerial() string { return strings.ToLower(rand.Text())[:20] }
 
 // accelArgs: one host thread per vCPU under emulation, as under KVM. Three
 // features of "max" make an emulated guest slower, and are off: la57, since
@@ -100,13 +128,18 @@ func (d *Driver) overheadMiB() int {
 func selfFD(n int) string { return "/proc/self/fd/" + strconv.Itoa(n) }
 
 // blockdevOf describes the disk in JSON, which needs no escaping rules for paths.
+// A block device is opened past the host's page cache: what a frozen VM has
+// written is in its overlay then, and nothing waits in memory for space.
 func blockdevOf(spec vmm.Spec) (string, error) {
 	if spec.DiskPath == "" {
 		return "", nil
 	}
+	file := map[string]any{"driver": "file", "filename": spec.DiskPath, "discard": "unmap"}
+	if info, err := os.Stat(spec.DiskPath); err == nil && info.Mode()&os.ModeDevice != 0 {
+		file["driver"], file["cache"] = "host_device", map[string]any{"direct": true}
+	}
 	b, err := json.Marshal(map[string]any{
-		"driver": spec.DiskFormat, "node-name": "root", "discard": "unmap",
-		"file": map[string]any{"driver": "file", "filename": spec.DiskPath, "discard": "unmap"},
+		"driver": spec.DiskFormat, "node-name": rootNode, "discard": "unmap", "file": file,
 	})
 	if err != nil {
 		return "", fmt.Errorf("describe disk: %w", err)
@@ -130,6 +163,10 @@ func (d *Driver) cmdline(extra string) string {
 	}
 	if d.config.Accelerator == TCG {
 		words = append(words, emulationWords(d.tscKHz)...)
+	} else {
+		// Under KVM this machine type has no real-time clock (kvm-clock tells the
+		// time), and the kernel would wait a second for one to answer.
+		words = append(words, "initcall_blacklist=cmos_init")
 	}
 	if extra != "" {
 		words = append(words, extra)

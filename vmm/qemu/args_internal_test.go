@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -50,8 +51,20 @@ func TestKVMKeepsItsOwnClockAndMitigations(t *testing.T) {
 			t.Errorf("%q under KVM: %q", word, got)
 		}
 	}
+	if !strings.Contains(got, "initcall_blacklist=cmos_init") {
+		t.Errorf("it waits for a clock that is not there: %q", got)
+	}
 	if !strings.Contains(got, "-cpu\x00host") {
 		t.Errorf("not the host's processor: %q", got)
+	}
+}
+
+// TestEachStartHasADiskOfAnotherSerial: a guest tells by it that it was restored.
+func TestEachStartHasADiskOfAnotherSerial(t *testing.T) {
+	serial := regexp.MustCompile(`virtio-blk-device,[^\x00]*serial=([a-z0-9]{20})(\x00|$)`)
+	first, second := serial.FindStringSubmatch(commandLine(t, TCG, nil)), serial.FindStringSubmatch(commandLine(t, TCG, nil))
+	if first == nil || second == nil || first[1] == second[1] {
+		t.Errorf("%q and %q", first, second)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"regexp"
 	"strings"
+	"syscall"
 
 	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
@@ -11,6 +12,7 @@ import (
 
 // evidence is what is known about the end of a QEMU process.
 type evidence struct {
+	restored bool          // its memory is a mapped file
 	killed   bool          // we did it, because somebody asked
 	fault    string        // we did it, because QEMU reported this
 	status   kernel.Status // unknown for an adopted process: only its parent learns it
@@ -27,6 +29,8 @@ func judge(e evidence) (sandbox.Cause, string) {
 		return guestEnd(e)
 	case e.killed:
 		return sandbox.CauseUser, "qemu: killed on request"
+	case e.unread():
+		return sandbox.CausePagerFault, "qemu: a page of the guest's saved memory could not be read"
 	case e.fault != "":
 		return sandbox.CauseVMMCrash, "qemu: " + e.fault
 	case e.status.Known && e.status.Signal == 0 && e.status.Code == 0 && e.shutdown == "":
@@ -34,6 +38,15 @@ func judge(e evidence) (sandbox.Cause, string) {
 	}
 	return sandbox.CauseVMMCrash, crashDetail(e)
 }
+
+// unread reports whether a page of a restored guest's memory could not be read:
+// QEMU is then sent a signal, or, if it was the guest that wanted the page under
+// KVM, is told by the kernel in so many words, and stops the VM.
+func (e evidence) unread() bool {
+	return e.restored && (e.status.Signal == syscall.SIGBUS || e.fault != "" && strings.Contains(e.log, badAddress))
+}
+
+const badAddress = "kvm run failed Bad address"
 
 func guestEnd(e evidence) (sandbox.Cause, string) {
 	if e.shutdown == "guest-shutdown" {

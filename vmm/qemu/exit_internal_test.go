@@ -15,6 +15,8 @@ func TestJudge(t *testing.T) {
 		oomed   = "[ 1.0] Kernel panic - not syncing: System is deadlocked on memory\r\n"
 		oomed2  = "Kernel panic - not syncing: Out of memory: compulsory panic_on_oom is enabled\r\n"
 	)
+	const badPage = "error: kvm run failed Bad address\nRAX=0000000000000000\n"
+	sigbus := kernel.Status{Known: true, Signal: syscall.SIGBUS}
 	clean := kernel.Status{Known: true}
 	sigkill := kernel.Status{Known: true, Signal: syscall.SIGKILL}
 	for _, tt := range []struct {
@@ -39,6 +41,11 @@ func TestJudge(t *testing.T) {
 		{"an error of QEMU", evidence{status: kernel.Status{Known: true, Code: 1}, log: "qemu: no"}, sandbox.CauseVMMCrash, "exit status 1: qemu: no"},
 		{"an adopted VM that vanished", evidence{}, sandbox.CauseVMMCrash, "exit status unknown"},
 		{"a VM that QEMU stopped", evidence{fault: "it stopped the VM: internal-error", status: sigkill}, sandbox.CauseVMMCrash, "internal-error"},
+		{"a restored VM sent SIGBUS", evidence{restored: true, status: sigbus}, sandbox.CausePagerFault, "could not be read"},
+		{"a booted VM sent SIGBUS", evidence{status: sigbus}, sandbox.CauseVMMCrash, "SIGBUS"},
+		{"a restored VM that KVM stopped over a page", evidence{restored: true, fault: "it stopped the VM: internal-error", status: sigkill, log: badPage}, sandbox.CausePagerFault, "could not be read"},
+		{"a booted VM that KVM stopped over a page", evidence{fault: "it stopped the VM: internal-error", status: sigkill, log: badPage}, sandbox.CauseVMMCrash, "internal-error"},
+		{"a restored VM that says so and was killed", evidence{restored: true, killed: true, status: sigkill, log: badPage}, sandbox.CauseUser, "on request"},
 	} {
 		cause, detail := judge(tt.e)
 		if cause != tt.cause || !strings.Contains(detail, tt.detail) {

@@ -9,8 +9,12 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"unicode/utf8"
 
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
 	"github.com/dormouse-sandbox/dormouse/vmm"
 )
 
@@ -64,6 +68,45 @@ func FuzzRecall(f *testing.F) {
 		}
 		if caps, ok := recall(path, b); ok && (!json.Valid(data) || caps.Driver != Name) {
 			t.Errorf("%q is taken for %+v", data, caps)
+		}
+	})
+}
+
+// FuzzJudge: a guest chooses the text of its console, and a QEMU that it has taken
+// over what stands in QEMU's own log. The verdict has a known cause all the same,
+// and only a guest that ended by itself is believed.
+func FuzzJudge(f *testing.F) {
+	f.Add("guest-reset", "Kernel panic - not syncing: Out of memory\r\n", "qemu: hello\n", false)
+	f.Add("", "Kernel panic - not syncing: \xff", "\x00\n\n", true)
+	f.Add("host-qmp-quit", "", "", false)
+	f.Add("guest-shutdown", "", "\n", true)
+	f.Fuzz(func(t *testing.T, shutdown, console, log string, known bool) {
+		cause, detail := judge(evidence{shutdown: shutdown, console: console, log: log, status: kernel.Status{Known: known, Signal: 9}})
+		if !cause.Valid() || detail == "" {
+			t.Errorf("cause %q, detail %q", cause, detail)
+		}
+		if cause == sandbox.CauseOOMGuest && !strings.HasPrefix(shutdown, "guest-") {
+			t.Error("the console alone was believed")
+		}
+		if said := oneLine(log); strings.ContainsAny(said, "\n") || !utf8.ValidString(said) {
+			t.Errorf("one line: %q", said)
+		}
+	})
+}
+
+// FuzzDirOf: every process on the machine chooses its command line; ours says
+// exactly the directory that it was given.
+func FuzzDirOf(f *testing.F) {
+	f.Add("/run/dormouse-abcde/x", []byte("sh\x00-c\x00,opaque=dormouse:/"))
+	f.Add("/a,,b,opaque=dormouse:/c", []byte(",opaque="))
+	f.Fuzz(func(t *testing.T, dir string, cmdline []byte) {
+		_, _ = dirOf(cmdline) // must return, whatever it says
+		if !filepath.IsAbs(dir) || strings.ContainsRune(dir, 0) {
+			return
+		}
+		got, ok := dirOf([]byte("qemu\x00-add-fd\x00fd=3,set=1,opaque=" + tag(dir) + "\x00-x\x00"))
+		if want := resolve(dir); !ok || got != want {
+			t.Errorf("%q is found as %q", want, got)
 		}
 	})
 }

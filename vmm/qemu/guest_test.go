@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -23,17 +22,11 @@ var guestInit = sync.OnceValues(func() ([]byte, error) {
 	}
 	defer func() { _ = os.RemoveAll(dir) }() // a temporary file may stay
 	out := filepath.Join(dir, "init")
-	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, "./testdata/init")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
-	if said, err := cmd.CombinedOutput(); err != nil {
-		return nil, &exec.Error{Name: "go build", Err: errorString(said)}
+	if err := testkit.Program("./testdata/init", out); err != nil {
+		return nil, err
 	}
 	return os.ReadFile(out)
 })
-
-type errorString []byte
-
-func (e errorString) Error() string { return string(e) }
 
 // initramfs packs the test guest and extra files, by path in the archive.
 func initramfs(t testing.TB, extra map[string][]byte) string {

@@ -6,20 +6,22 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
 // logFile is an append-only file that another process writes and that keeps its
 // newest bytes. What is older is punched out of it, so an offset in the file is
-// an offset in the stream, for every process that opens it and for ever; the
-// file's apparent size grows, its blocks do not.
+// an offset in the stream (plus base), for every process that opens it and for
+// ever; the file's apparent size grows, its blocks do not.
 //
-// The writer needs nobody for writing, but somebody has to call trim: while no
-// agent runs, a guest can fill the disk at the speed of its emulated serial port.
+// The writer needs nobody for writing. Somebody has to call trim, and to let the
+// writer write on (see limit.go); while nobody does, what it writes is dropped.
 type logFile struct {
 	file *os.File
 	keep int64
+	base int64 // where in the file the stream begins; 0 in logs of earlier versions
 }
 
 // createLog makes a new file, for writing by a child and reading by us.
@@ -29,7 +31,11 @@ func createLog(dir, name string, keep int64) (*logFile, *os.File, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	log, err := openLog(dir, name, keep)
+	err = writer.Truncate(logBase)
+	var log *logFile
+	if err == nil {
+		log, err = openLog(dir, name, keep)
+	}
 	if err != nil {
 		return nil, nil, errors.Join(err, writer.Close(), os.Remove(path))
 	}
@@ -41,18 +47,26 @@ func openLog(dir, name string, keep int64) (*logFile, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &logFile{file, keep}, nil
+	log := &logFile{file: file, keep: keep}
+	end, err := log.end()
+	if err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	if end >= logBase {
+		log.base = logBase
+	}
+	return log, nil
 }
 
 // trim frees the blocks of what is no longer kept.
 func (l *logFile) trim() error {
 	const block = 4096 // only whole blocks are freed; the rest of one would be zeroed
-	size, err := l.size()
+	end, err := l.end()
 	if err != nil {
 		return err
 	}
-	old := (size - l.keep) / block * block
-	if old <= 0 {
+	old := (end - l.keep) / block * block
+	if old <= l.base {
 		return nil
 	}
 	conn, err := l.file.SyscallConn()
@@ -75,28 +89,52 @@ func (l *logFile) read(offset int64, limit int) ([]byte, int64, error) {
 	}
 	offset = min(max(offset, size-l.keep, 0), size)
 	data := make([]byte, min(size-offset, int64(max(limit, 0))))
-	n, err := l.file.ReadAt(data, offset)
+	n, err := l.file.ReadAt(data, l.base+offset)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, 0, fmt.Errorf("read log: %w", err)
 	}
 	return data[:n], offset + int64(n), nil
 }
 
-// tail is the last limit bytes; what cannot be read is empty.
+// tail is the last limit bytes; what cannot be read is empty. A log that was
+// brought forward has zeros where nothing was written.
 func (l *logFile) tail(limit int) string {
 	data, _, err := l.read(-int64(limit), limit)
 	if err != nil {
 		return ""
 	}
-	return string(data)
+	return strings.ReplaceAll(string(data), "\x00", "")
 }
 
+// size is how much was ever written.
 func (l *logFile) size() (int64, error) {
+	end, err := l.end()
+	return end - l.base, err
+}
+
+// end is the file's apparent size.
+func (l *logFile) end() (int64, error) {
 	info, err := l.file.Stat()
 	if err != nil {
 		return 0, err
 	}
 	return info.Size(), nil
+}
+
+// bringForward makes the file end at this offset, if it ends before it. It never
+// cuts off what is written at the same time.
+func (l *logFile) bringForward(end int64) error {
+	have, err := l.end()
+	if err != nil || have >= end {
+		return err
+	}
+	conn, err := l.file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return errors.Join(conn.Control(func(fd uintptr) {
+		err = unix.Fallocate(int(fd), 0, end-1, 1)
+	}), err)
 }
 
 func (l *logFile) Close() error { return l.file.Close() }

@@ -37,7 +37,11 @@ type machine struct {
 	console *logFile
 	log     *logFile
 
-	startedAt time.Time // by this process; zero for an adopted VM
+	logsEnd    int64 // for boundLogs, and so is complained; begin's and then care's
+	complained bool
+
+	bootedAt time.Time // by this process; zero for an adopted VM, and for a restored one
+	restored bool      // its memory is a mapped file
 
 	stopped chan struct{}      // a token for each time QEMU stopped the VM by itself
 	stop    context.CancelFunc // ends the goroutines
@@ -51,6 +55,7 @@ type machine struct {
 	retry    bool // fault is one that another start need not have
 	shutdown string
 	released bool
+	ramAt    kernel.Range // where the guest's memory is; empty until it is known
 }
 
 // newMachine makes a handle, which keeps the VM from Sweep from here on.
@@ -87,6 +92,7 @@ func (m *machine) connect(ctx context.Context, u *undo.Stack) (err error) {
 func (m *machine) begin() {
 	ctx, stop := context.WithCancel(context.Background()) // their life is the handle's, not a call's
 	m.stop = stop
+	m.tendLogs()
 	m.running.Go(func() { m.watch(ctx) })
 	m.running.Go(func() { m.care(ctx) })
 }
@@ -127,7 +133,7 @@ func (m *machine) watch(ctx context.Context) {
 	case <-ctx.Done():
 	}
 	m.mu.Lock()
-	e := evidence{killed: m.killed, fault: m.fault, status: status, shutdown: m.shutdown}
+	e := evidence{restored: m.restored, killed: m.killed, fault: m.fault, status: status, shutdown: m.shutdown}
 	retry := m.retry && !m.killed
 	m.mu.Unlock()
 	e.console, e.log = m.console.tail(scanConsole), m.log.tail(4<<10)
@@ -142,7 +148,6 @@ func (m *machine) watch(ctx context.Context) {
 func (m *machine) care(ctx context.Context) {
 	tick := time.NewTicker(trimEvery)
 	defer tick.Stop()
-	complained := false
 	for {
 		select {
 		case <-ctx.Done():
@@ -151,11 +156,7 @@ func (m *machine) care(ctx context.Context) {
 			m.checkStopped(ctx)
 		case <-tick.C:
 			m.checkTimer()
-			err := errors.Join(m.console.trim(), m.log.trim())
-			if err != nil && !complained {
-				m.driver.config.Log.Warn("cannot bound a log", "sandbox", m.record.ID, "err", err)
-				complained = true
-			}
+			m.tendLogs()
 		}
 	}
 }
@@ -166,7 +167,7 @@ func (m *machine) care(ctx context.Context) {
 // for as long, the measurement is void, and the kernel says so and goes on
 // without. Only a young VM is looked at: later the words would be somebody's.
 func (m *machine) checkTimer() {
-	if m.driver.config.Accelerator != TCG || m.startedAt.IsZero() || time.Since(m.startedAt) > timerWatch {
+	if m.driver.config.Accelerator != TCG || m.bootedAt.IsZero() || time.Since(m.bootedAt) > timerWatch {
 		return
 	}
 	head, _, err := m.console.read(0, scanConsole)
@@ -215,6 +216,26 @@ func (m *machine) Exit() vmm.Exit { return m.exit }
 // Console reads from the console log; it works after the end too, until Release.
 func (m *machine) Console(offset int64, limit int) ([]byte, int64, error) {
 	return m.console.read(offset, limit)
+}
+
+// Freeze stops the virtual CPUs. QEMU answers when it has drained and flushed
+// the disk.
+func (m *machine) Freeze(ctx context.Context) error {
+	if err := m.monitor.run(ctx, "stop", nil, nil); err != nil {
+		return fmt.Errorf("freeze qemu: %w", err)
+	}
+	return nil
+}
+
+// Thaw lets them run on.
+func (m *machine) Thaw(ctx context.Context) error {
+	if err := m.monitor.run(ctx, "cont", nil, nil); err != nil {
+		return fmt.Errorf("thaw qemu: %w", err)
+	}
+	if err := m.dropSaved(ctx); err != nil {
+		m.driver.config.Log.Warn("a thawed vm keeps a descriptor too many", "sandbox", m.record.ID, "err", err)
+	}
+	return nil
 }
 
 // Kill ends the process at once. The disk's overlay stays consistent for

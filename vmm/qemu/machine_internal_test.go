@@ -22,6 +22,18 @@ import (
 // socket that is played by serve.
 func standInMachine(t *testing.T, serve func(conn net.Conn, lines *bufio.Scanner)) *machine {
 	t.Helper()
+	m := unattended(t, serve)
+	m.begin()
+	t.Cleanup(func() {
+		_ = m.Kill(context.Background()) // gone already in some tests
+		_ = m.Release()
+	})
+	return m
+}
+
+// unattended is one that nobody watches or cares for yet.
+func unattended(t *testing.T, serve func(conn net.Conn, lines *bufio.Scanner)) *machine {
+	t.Helper()
 	cmd := exec.Command("sleep", "1000")
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -51,11 +63,6 @@ func standInMachine(t *testing.T, serve func(conn net.Conn, lines *bufio.Scanner
 	if err := m.connect(limited(t), &u); err != nil {
 		t.Fatal(err)
 	}
-	m.begin()
-	t.Cleanup(func() {
-		_ = m.Kill(context.Background()) // gone already in some tests
-		_ = m.Release()
-	})
 	return m
 }
 

@@ -21,7 +21,12 @@ import (
 )
 
 const (
-	defaultProbeLimit = 5 * time.Second
+	// A KVM that works boots the probe in a fraction of a second. It may be nested
+	// in a slow and busy machine, where the boot takes many times as long, but gets
+	// on. A false one hangs before the kernel's first word, and costs the silence, once.
+	defaultSilence    = 8 * time.Second
+	defaultProbeLimit = time.Minute
+	endLimit          = 5 * time.Second
 	probeMemMiB       = 128
 	maxCacheFile      = 64 << 10
 )
@@ -37,7 +42,10 @@ type ProbeConfig struct {
 	// machine, its kernel, its processor, QEMU's version, the guest kernel's
 	// bytes, or what /dev/kvm says.
 	CacheFile string
-	// Deadline bounds the boot; the default is 5 s. A KVM that works needs one.
+	// Silence is for how long the console may show nothing new before the guest
+	// counts as hanging; the default is 8 s.
+	Silence time.Duration
+	// Deadline bounds the boot, however much it says; the default is a minute.
 	Deadline time.Duration
 	// UID and GID are those of the VMM processes later on.
 	UID, GID int
@@ -63,11 +71,11 @@ type answer struct {
 
 // Probe finds out which accelerator works here. /dev/kvm may open, answer and
 // create VMs, and still hang every guest: so it boots the guest kernel under KVM
-// up to its first process, and takes software emulation if that does not happen
-// before the deadline. The probe's VM is gone when it returns.
+// up to its first process, and takes software emulation if the boot falls silent
+// or does not end before the deadline. The probe's VM is gone when it returns.
 func Probe(ctx context.Context, config ProbeConfig) (vmm.Capabilities, error) {
 	config = config.withDefaults()
-	d, err := New(Config{Binary: config.Binary, Accelerator: KVM, StartLimit: config.Deadline})
+	d, err := New(Config{Binary: config.Binary, Accelerator: KVM, StartLimit: config.Silence})
 	if err != nil {
 		return vmm.Capabilities{}, err
 	}
@@ -91,6 +99,9 @@ func Probe(ctx context.Context, config ProbeConfig) (vmm.Capabilities, error) {
 }
 
 func (c ProbeConfig) withDefaults() ProbeConfig {
+	if c.Silence <= 0 {
+		c.Silence = defaultSilence
+	}
 	if c.Deadline <= 0 {
 		c.Deadline = defaultProbeLimit
 	}
@@ -148,16 +159,21 @@ func (d *Driver) tryBoot(ctx context.Context, config ProbeConfig, dir string) (t
 	if err != nil {
 		return err.Error(), nil
 	}
-	trouble = waitForProbe(ctx, m, config.Deadline)
+	trouble = waitForProbe(ctx, m, config)
 	return trouble, errors.Join(caller.Err(), end(m))
 }
 
-// waitForProbe looks for the marker until the deadline or the end of the VM.
-func waitForProbe(ctx context.Context, m vmm.Machine, limit time.Duration) (trouble string) {
+// waitForProbe looks for the marker until the console has been silent for too
+// long, the deadline, or the end of the VM.
+func waitForProbe(ctx context.Context, m vmm.Machine, config ProbeConfig) (trouble string) {
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
+	said, spoke := 0, time.Now()
 	seen := func() bool {
 		console, _, err := m.Console(0, 1<<20)
+		if len(console) > said {
+			said, spoke = len(console), time.Now()
+		}
 		return err == nil && strings.Contains(string(console), probeMarker)
 	}
 	for {
@@ -166,13 +182,16 @@ func waitForProbe(ctx context.Context, m vmm.Machine, limit time.Duration) (trou
 			if seen() {
 				return ""
 			}
+			if time.Since(spoke) > config.Silence {
+				return fmt.Sprintf("it hangs: nothing on its console for %v, after %d bytes", config.Silence, said)
+			}
 		case <-m.Done():
 			if seen() {
 				return ""
 			}
 			return "it ended early: " + m.Exit().Detail
 		case <-ctx.Done():
-			return fmt.Sprintf("no first process within %v", limit)
+			return fmt.Sprintf("no first process within %v", config.Deadline)
 		}
 	}
 }
@@ -182,7 +201,7 @@ func end(m vmm.Machine) error {
 	if m == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), defaultProbeLimit)
+	ctx, cancel := context.WithTimeout(context.Background(), endLimit)
 	defer cancel()
 	return errors.Join(m.Kill(ctx), m.Release())
 }
@@ -200,6 +219,8 @@ func (d *Driver) basis(config ProbeConfig) (b basis, err error) {
 	}
 	if err := kernel.KVM(); err != nil {
 		b.KVM = err.Error()
+	} else if config.UID != 0 && kernel.NodeShut("/dev/kvm") {
+		b.KVM = "/dev/kvm is root's alone, and VMs run as users of their own: chgrp kvm /dev/kvm && chmod 660 /dev/kvm (udev does that)"
 	}
 	return b, nil
 }

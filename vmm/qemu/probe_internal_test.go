@@ -5,12 +5,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
+	"github.com/dormouse-sandbox/dormouse/vmm"
 )
 
 // standIn is a QEMU whose "kvm" is software emulation, so that both outcomes of
@@ -42,9 +44,9 @@ exec %[1]s "${args[@]}" %[2]s
 	return path
 }
 
-func tryWith(t *testing.T, binary string, limit time.Duration) string {
+func tryWith(t *testing.T, binary string, silence, limit time.Duration) string {
 	t.Helper()
-	d, err := New(Config{Binary: binary, Accelerator: KVM, StartLimit: limit})
+	d, err := New(Config{Binary: binary, Accelerator: KVM, StartLimit: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -54,7 +56,7 @@ func tryWith(t *testing.T, binary string, limit time.Duration) string {
 	}
 	defer func() { _ = os.RemoveAll(dir) }() // a temporary file may stay
 	fds := testkit.OpenFDs(t)
-	trouble, err := d.tryBoot(t.Context(), ProbeConfig{Kernel: testkit.Asset(t, "vmlinuz"), Deadline: limit}, dir)
+	trouble, err := d.tryBoot(t.Context(), ProbeConfig{Kernel: testkit.Asset(t, "vmlinuz"), Silence: silence, Deadline: limit}, dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,7 +72,7 @@ func TestAProbeThatReachesItsFirstProcessSucceeds(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if trouble := tryWith(t, standIn(t, "", fmt.Sprintf("tsc_early_khz=%d", khz)), time.Minute); trouble != "" {
+	if trouble := tryWith(t, standIn(t, "", fmt.Sprintf("tsc_early_khz=%d", khz)), testkit.Patience(time.Minute), testkit.Patience(time.Minute)); trouble != "" {
 		t.Errorf("trouble: %s", trouble)
 	}
 }
@@ -78,18 +80,60 @@ func TestAProbeThatReachesItsFirstProcessSucceeds(t *testing.T) {
 // TestAProbeThatHangsIsKilled: -S builds the VM and never runs it, which is how
 // a false KVM looks from outside.
 func TestAProbeThatHangsIsKilled(t *testing.T) {
-	start := time.Now()
-	trouble := tryWith(t, standIn(t, "-S", ""), 1500*time.Millisecond)
-	if trouble != "no first process within 1.5s" {
-		t.Errorf("trouble: %q", trouble)
+	for _, tt := range []struct {
+		silence, limit time.Duration
+		want           string
+	}{
+		{1500 * time.Millisecond, time.Minute, "it hangs: nothing on its console for 1.5s, after 0 bytes"},
+		{time.Minute, 1500 * time.Millisecond, "no first process within 1.5s"},
+	} {
+		start := time.Now()
+		if trouble := tryWith(t, standIn(t, "-S", ""), tt.silence, tt.limit); trouble != tt.want {
+			t.Errorf("trouble: %q, want %q", trouble, tt.want)
+		}
+		if took := time.Since(start); took > 5*time.Second {
+			t.Errorf("it took %v", took)
+		}
 	}
-	if took := time.Since(start); took > 5*time.Second {
-		t.Errorf("it took %v", took)
+}
+
+// talker is a VM whose console gets a word more each time it is looked at, until
+// the words are over.
+type talker struct {
+	vmm.Machine
+	words   []string
+	console string
+}
+
+func (m *talker) Done() <-chan struct{} { return nil }
+
+func (m *talker) Console(int64, int) ([]byte, int64, error) {
+	if len(m.words) > 0 {
+		m.console, m.words = m.console+m.words[0], m.words[1:]
+	}
+	return []byte(m.console), 0, nil
+}
+
+// TestAProbeThatGetsOnIsWaitedFor: the silence counts from the last word, so that
+// a slow boot that takes a multiple of it succeeds; one that stops does not.
+func TestAProbeThatGetsOnIsWaitedFor(t *testing.T) {
+	const silence = 500 * time.Millisecond
+	config := ProbeConfig{Silence: silence, Deadline: time.Minute}
+	boot := slices.Repeat([]string{"."}, 150) // looked at every 10 ms
+	start := time.Now()
+	if trouble := waitForProbe(t.Context(), &talker{words: append(boot, probeMarker)}, config); trouble != "" {
+		t.Errorf("after %v: %s", time.Since(start), trouble)
+	}
+	if took := time.Since(start); took < 2*silence {
+		t.Errorf("it took %v, which shows nothing", took)
+	}
+	if trouble := waitForProbe(t.Context(), &talker{words: boot}, config); trouble != "it hangs: nothing on its console for 500ms, after 150 bytes" {
+		t.Errorf("trouble: %q", trouble)
 	}
 }
 
 func TestAProbeWhoseQEMUDiesSaysWhy(t *testing.T) {
-	trouble := tryWith(t, standIn(t, "-no-such-option", ""), 5*time.Second)
+	trouble := tryWith(t, standIn(t, "-no-such-option", ""), time.Minute, time.Minute)
 	if !strings.Contains(trouble, "no-such-option") || strings.Contains(trouble, "\n") {
 		t.Errorf("trouble: %q", trouble)
 	}

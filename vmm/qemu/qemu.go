@@ -114,7 +114,7 @@ func withDefaults(c Config) Config {
 func (d *Driver) Capabilities() vmm.Capabilities {
 	return vmm.Capabilities{
 		Driver: Name, Version: d.version, Accelerator: d.config.Accelerator, Reason: d.config.Reason,
-		OverheadMiB: d.overheadMiB(),
+		OverheadMiB: d.overheadMiB(), Compat: d.compat(),
 	}
 }
 

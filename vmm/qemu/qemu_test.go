@@ -2,10 +2,12 @@ package qemu_test
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -25,7 +27,10 @@ const vmUser = 65533
 
 func TestConformance(t *testing.T) {
 	image, initrd := kernelImage(t), initramfs(t, nil)
-	boots := 5
+	boots, lives := 5, 8
+	if testkit.Accelerator() != "tcg" { // a lab, where KVM is emulated
+		lives = 3
+	}
 	if os.Getenv("DORMOUSE_LONG") == "1" {
 		boots = 44 // as many as it takes to see a boot that hangs most of the time
 	}
@@ -42,6 +47,7 @@ func TestConformance(t *testing.T) {
 			ConsoleKeep: consoleKeep,
 			ConsoleDisk: func(t *testing.T, r vmm.Record) int64 { return blocks(t, filepath.Join(r.Dir, "console.log")) },
 			Boots:       boots,
+			Generations: lives,
 			KillOutside: func(t *testing.T, m vmm.Machine) {
 				if err := syscall.Kill(m.Record().PID, syscall.SIGKILL); err != nil {
 					t.Fatal(err)
@@ -54,14 +60,34 @@ func TestConformance(t *testing.T) {
 
 func driver(t testing.TB) *qemu.Driver {
 	t.Helper()
-	testkit.Tool(t, "qemu-system-x86_64")
-	d, err := qemu.New(qemu.Config{
-		Accelerator: qemu.TCG, Reason: "these tests run anywhere", ConsoleLimit: consoleKeep,
-	})
+	caps := probed(t)
+	d, err := qemu.New(qemu.Config{Accelerator: caps.Accelerator, Reason: caps.Reason, ConsoleLimit: consoleKeep})
 	if err != nil {
 		t.Fatal(err)
 	}
 	return d
+}
+
+var probe struct {
+	sync.Mutex
+	caps vmm.Capabilities
+}
+
+// probed is what works on this machine, found out once: these tests run anywhere,
+// under KVM where that is real.
+func probed(t testing.TB) vmm.Capabilities {
+	t.Helper()
+	testkit.Tool(t, "qemu-system-x86_64")
+	probe.Lock()
+	defer probe.Unlock()
+	if probe.caps.Accelerator == "" {
+		caps, err := qemu.Probe(t.Context(), qemu.ProbeConfig{Kernel: kernelImage(t), UID: testUser(), GID: testUser()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		probe.caps = caps
+	}
+	return probe.caps
 }
 
 // testUser is 0, the caller's own, where we may not change it.
@@ -145,13 +171,20 @@ func TestTheProcessIsConfined(t *testing.T) {
 	m := boot(t, driver(t), s, vmmtest.Marker)
 	proc := "/proc/" + strconv.Itoa(m.Record().PID)
 	status := readFile(t, proc+"/status")
+	groups := "Groups:\t \n"
+	if gid, ok := kernel.NodeGroup("/dev/kvm"); ok && underKVM(t) { // the one way to it for a user of its own
+		groups = fmt.Sprintf("Groups:\t%d \n", gid)
+	}
 	for _, want := range []string{
-		"Uid:\t65533\t65533\t65533\t65533\n", "Gid:\t65533\t65533\t65533\t65533\n", "Groups:\t \n",
+		"Uid:\t65533\t65533\t65533\t65533\n", "Gid:\t65533\t65533\t65533\t65533\n", groups,
 		"NoNewPrivs:\t1\n", "Seccomp:\t2\n", "CapEff:\t0000000000000000\n", "CapPrm:\t0000000000000000\n",
 	} {
 		if !strings.Contains(status, want) {
 			t.Errorf("no %q in its status:\n%s", want, status)
 		}
+	}
+	if !ignores(t, status, syscall.SIGXFSZ) { // see limit.go
+		t.Errorf("SIGXFSZ is not ignored:\n%s", status)
 	}
 	stat, err := kernel.StatProc(m.Record().PID)
 	if err != nil || stat.Parent != os.Getpid() {
@@ -165,6 +198,21 @@ func TestTheProcessIsConfined(t *testing.T) {
 		t.Errorf("the directory is not ours any more: %v, %v", info, err)
 	}
 }
+
+// ignores reads /proc/PID/status. Other signals may be ignored as well: that is
+// inherited from whoever started the test.
+func ignores(t *testing.T, status string, sig syscall.Signal) bool {
+	t.Helper()
+	_, rest, _ := strings.Cut(status, "SigIgn:\t")
+	text, _, _ := strings.Cut(rest, "\n")
+	mask, err := strconv.ParseUint(text, 16, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return mask&(1<<(sig-1)) != 0
+}
+
+func underKVM(t *testing.T) bool { return probed(t).Accelerator == qemu.KVM }
 
 // checkFDs: every descriptor is one that was meant, none of ours leaked.
 func checkFDs(t *testing.T, proc, dir string) {
@@ -182,6 +230,7 @@ func checkFDs(t *testing.T, proc, dir string) {
 		case strings.HasPrefix(target, "anon_inode:"), strings.HasPrefix(target, "socket:"), target == "/dev/null":
 		case strings.HasPrefix(target, dir+"/"), strings.HasSuffix(target, "/vmlinuz"), strings.HasSuffix(target, "/initrd"):
 		case strings.HasPrefix(target, "pipe:"), strings.HasPrefix(target, "/dev/zero"):
+		case target == "/dev/kvm" && underKVM(t):
 		default:
 			t.Errorf("descriptor %s is %s", e.Name(), target)
 		}
@@ -195,6 +244,90 @@ func readFile(t *testing.T, path string) string {
 		t.Fatal(err)
 	}
 	return string(data)
+}
+
+// TestNobodyTrims: while no agent holds a VM, a guest that prints for ever fills
+// no disk; the VM runs on, and so does its console once somebody is back.
+func TestNobodyTrims(t *testing.T) {
+	if testkit.Accelerator() != "tcg" { // a lab: every byte of its consoles is an exit out of two VMs
+		testkit.Long(t, "minutes where KVM is emulated, and the limit is the kernel's, not the accelerator's")
+	}
+	const spare = 4 * consoleKeep
+	s := spec(t, string(vmmtest.Count), nil)
+	m, err := driver(t).Start(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	record := m.Record()
+	await(t, m, "line ")
+	if err := m.Release(); err != nil {
+		t.Fatal(err)
+	}
+	proc, path := "/proc/"+strconv.Itoa(record.PID), filepath.Join(s.Dir, "console.log")
+	var full string
+	testkit.Eventually(t, 3*time.Minute, "at the limit", func() bool {
+		before := attempts(t, proc)
+		size := apparent(t, path)
+		full = strings.TrimSpace(lastOf(t, path))
+		testkit.Eventually(t, time.Minute, "printing on", func() bool { return attempts(t, proc) > before+10_000 })
+		return apparent(t, path) == size
+	})
+	if took := blocks(t, path); took > spare+2*consoleKeep {
+		t.Errorf("it takes %d bytes", took)
+	}
+	if said := blocks(t, filepath.Join(s.Dir, "qemu.log")); said > spare {
+		t.Errorf("QEMU's own log takes %d bytes", said)
+	}
+	again, err := driver(t).Adopt(t.Context(), record)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = again.Release() }() // it is killed
+	testkit.Eventually(t, time.Minute, "printing into the log again", func() bool {
+		data, _, err := again.Console(-consoleKeep, consoleKeep)
+		return err == nil && !strings.Contains(string(data), full)
+	})
+	testkit.Eventually(t, time.Minute, "trimmed", func() bool { return blocks(t, path) < 2*consoleKeep })
+	if err := again.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// attempts counts the system calls of a process that write, the failing ones too.
+func attempts(t *testing.T, proc string) int {
+	t.Helper()
+	_, rest, _ := strings.Cut(readFile(t, proc+"/io"), "syscw: ")
+	line, _, _ := strings.Cut(rest, "\n")
+	n, err := strconv.Atoi(line)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func apparent(t *testing.T, path string) int64 {
+	t.Helper()
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info.Size()
+}
+
+// lastOf is the last whole line of a file.
+func lastOf(t *testing.T, path string) string {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }() // read only
+	buf := make([]byte, 4096)
+	if _, err := f.ReadAt(buf, apparent(t, path)-int64(len(buf))); err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(string(buf), "\n")
+	return lines[len(lines)-2]
 }
 
 // TestStartSaysWhatQEMUSaid: an error of QEMU's own is in ours.
@@ -253,6 +386,7 @@ func TestTheGuestsClockIsTrue(t *testing.T) {
 
 // TestAGuestWithoutTimerIsEnded: it would hang, and another start need not.
 func TestAGuestWithoutTimerIsEnded(t *testing.T) {
+	testkit.Require(t, "tcg", probed(t).Accelerator == qemu.TCG, "KVM gives every guest a timer")
 	m, err := driver(t).Start(t.Context(), spec(t, "notimer", nil))
 	if err != nil {
 		t.Fatal(err)

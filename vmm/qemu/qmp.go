@@ -7,8 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // maxMessage bounds one line from QEMU, which may be in the guest's hands.
@@ -21,6 +24,8 @@ type monitor struct {
 	conn    net.Conn
 	onEvent func(event)
 	closed  chan struct{} // when the reader has ended
+
+	passing sync.Mutex // held while a descriptor is passed; taken before mu
 
 	mu      sync.Mutex // guards what follows and writes to conn
 	nextID  int
@@ -129,7 +134,19 @@ func (m *monitor) deliver(msg message) {
 
 // run executes one command and decodes what it returns into result, if not nil.
 func (m *monitor) run(ctx context.Context, command string, arguments, result any) error {
-	id, reply, err := m.send(ctx, command, arguments)
+	return m.execute(ctx, nil, command, arguments, result)
+}
+
+// runWith passes a descriptor along with a command that takes one. The command
+// takes the newest that came, so there is one such command at a time.
+func (m *monitor) runWith(ctx context.Context, file *os.File, command string, arguments, result any) error {
+	m.passing.Lock()
+	defer m.passing.Unlock()
+	return m.execute(ctx, file, command, arguments, result)
+}
+
+func (m *monitor) execute(ctx context.Context, file *os.File, command string, arguments, result any) error {
+	id, reply, err := m.send(ctx, file, command, arguments)
 	if err != nil {
 		return fmt.Errorf("qemu: %s: %w", command, err)
 	}
@@ -150,7 +167,7 @@ func (m *monitor) run(ctx context.Context, command string, arguments, result any
 	}
 }
 
-func (m *monitor) send(ctx context.Context, command string, arguments any) (int, chan message, error) {
+func (m *monitor) send(ctx context.Context, file *os.File, command string, arguments any) (int, chan message, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.err != nil {
@@ -171,11 +188,32 @@ func (m *monitor) send(ctx context.Context, command string, arguments any) (int,
 	}
 	reply := make(chan message, 1)
 	m.waiting[m.nextID] = reply
-	if _, err := m.conn.Write(append(line, '\n')); err != nil {
+	if err := m.write(append(line, '\n'), file); err != nil {
 		delete(m.waiting, m.nextID)
 		return 0, nil, err
 	}
 	return m.nextID, reply, nil
+}
+
+func (m *monitor) write(line []byte, file *os.File) error {
+	if file == nil {
+		_, err := m.conn.Write(line)
+		return err
+	}
+	socket, ok := m.conn.(*net.UnixConn)
+	if !ok {
+		return errors.New("the connection carries no descriptors")
+	}
+	passed, err := file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	n := 0
+	err2 := passed.Control(func(fd uintptr) { n, _, err = socket.WriteMsgUnix(line, unix.UnixRights(int(fd)), nil) })
+	if err == nil && n < len(line) {
+		_, err = m.conn.Write(line[n:])
+	}
+	return errors.Join(err, err2)
 }
 
 func (m *monitor) forget(id int) {

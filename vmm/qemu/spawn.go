@@ -44,6 +44,7 @@ type process struct {
 	gid    int
 	groups []uint32
 	netns  string
+	cgroup string
 }
 
 // spawn starts p in a session of its own, with no new privileges, in its network
@@ -86,22 +87,27 @@ func forkHere(p process) (*kernel.PidFD, error) {
 		return nil, err
 	}
 	defer func() { _ = null.Close() }() // nothing was written
+	ignoreFileLimit()
 	pidfd := -1
+	sys := &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd, Credential: p.credential()}
+	if p.cgroup != "" {
+		group, err := os.Open(p.cgroup)
+		if err != nil {
+			return nil, fmt.Errorf("open control group: %w", err)
+		}
+		defer func() { _ = group.Close() }() // nothing was written
+		sys.UseCgroupFD, sys.CgroupFD = true, int(group.Fd())
+	}
 	child, err := os.StartProcess(p.binary, append([]string{p.binary}, p.args...), &os.ProcAttr{
 		Dir:   "/",
 		Env:   []string{"LC_ALL=C"},
 		Files: append([]*os.File{null, p.output, p.output}, p.files...),
-		Sys:   &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd, Credential: p.credential()},
+		Sys:   sys,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", p.binary, err)
 	}
-	pid := child.Pid
-	_ = child.Release() // the pidfd is how we hold it
-	if pidfd < 0 {
-		return kernel.OpenPidFD(pid) // it is our child and not reaped, so the PID is still its own
-	}
-	return kernel.NewPidFD(pid, pidfd)
+	return kernel.HoldChild(child, pidfd)
 }
 
 func enterNetNS(path string) error {

@@ -25,10 +25,15 @@ const (
 	maxSocketPath = 107
 )
 
-// Start boots a VM. It returns when QEMU has built the machine and the guest
-// runs; the guest may still be booting. On error nothing of it is left.
+// Start boots or restores a VM. It returns when QEMU has built the machine and the
+// guest runs, which may still be booting; or when it is what it was when it was
+// saved, and frozen. On error nothing of it is left.
 func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (_ vmm.Machine, err error) {
 	if err := check(spec); err != nil {
+		return nil, err
+	}
+	saved, err := d.checkRestore(spec)
+	if err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, d.config.StartLimit)
@@ -46,15 +51,23 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (_ vmm.Machine, err e
 	if err := m.launch(spec, &u); err != nil {
 		return nil, err
 	}
-	m.startedAt = time.Now()
+	if m.restored = spec.Restore != nil; !m.restored {
+		m.bootedAt = time.Now()
+	}
 	if err := m.identify(); err != nil {
 		return nil, err
 	}
 	if err := m.connect(ctx, &u); err != nil {
 		return nil, m.explain(ctx, err)
 	}
+	if spec.Restore != nil {
+		if err := m.load(ctx, saved); err != nil {
+			return nil, m.explain(ctx, fmt.Errorf("restore: %w", err))
+		}
+	}
 	m.begin()
-	d.config.Log.Info("vm started", "sandbox", spec.ID, "pid", m.record.PID, "accelerator", d.config.Accelerator)
+	d.config.Log.Info("vm started", "sandbox", spec.ID, "pid", m.record.PID, "accelerator", d.config.Accelerator,
+		"restored", m.restored)
 	return m, nil
 }
 
@@ -91,7 +104,7 @@ func (m *machine) launch(spec vmm.Spec, u *undo.Stack) error {
 	}
 	m.pid, err = spawn(process{
 		binary: m.driver.binary, args: args, output: output, files: in.files,
-		uid: spec.UID, gid: spec.GID, groups: m.driver.groups(), netns: spec.NetNS,
+		uid: spec.UID, gid: spec.GID, groups: m.driver.groups(), netns: spec.NetNS, cgroup: spec.Cgroup,
 	})
 	if err != nil {
 		return err
@@ -121,18 +134,8 @@ func (m *machine) open(spec vmm.Spec, in *inherit, u *undo.Stack) (fds, *os.File
 		return fd, nil, fmt.Errorf("make control socket: %w", err)
 	}
 	fd.control = in.add(listener)
-	for _, f := range []struct {
-		what, path string
-		fd         *int
-	}{{"kernel", spec.Kernel, &fd.kernel}, {"initrd", spec.Initrd, &fd.initrd}} {
-		if f.path == "" && f.fd == &fd.initrd {
-			continue
-		}
-		file, err := openFor(f.path, spec.UID)
-		if err != nil {
-			return fd, nil, fmt.Errorf("open %s: %w", f.what, err)
-		}
-		*f.fd = in.add(file)
+	if err := openOrigin(spec, &fd, in); err != nil {
+		return fd, nil, err
 	}
 	if spec.DiskPath != "" {
 		if _, err := os.Stat(spec.DiskPath); err != nil {
@@ -147,6 +150,32 @@ func (m *machine) open(spec vmm.Spec, in *inherit, u *undo.Stack) (fds, *os.File
 		fd.tap = in.add(tap)
 	}
 	return fd, output, nil
+}
+
+// openOrigin opens what the guest begins as.
+func openOrigin(spec vmm.Spec, fd *fds, in *inherit) error {
+	if spec.Restore != nil {
+		memory, err := duplicate(spec.Restore.Memory)
+		if err != nil {
+			return fmt.Errorf("open memory: %w", err)
+		}
+		fd.memory = in.add(memory)
+		return nil
+	}
+	for _, f := range []struct {
+		what, path string
+		fd         *int
+	}{{"kernel", spec.Kernel, &fd.kernel}, {"initrd", spec.Initrd, &fd.initrd}} {
+		if f.path == "" && f.fd == &fd.initrd {
+			continue
+		}
+		file, err := openFor(f.path, spec.UID)
+		if err != nil {
+			return fmt.Errorf("open %s: %w", f.what, err)
+		}
+		*f.fd = in.add(file)
+	}
+	return nil
 }
 
 func (m *machine) openLogs(dir string, fd *fds, in *inherit, u *undo.Stack) (*os.File, error) {
@@ -234,7 +263,7 @@ func (m *machine) explain(ctx context.Context, err error) error {
 		defer cancel()
 		if m.pid.Wait(ctx) == nil {
 			if said = oneLine(m.log.tail(1 << 10)); said == "" {
-				said = "without a word"
+				said = m.lastWord()
 			}
 			return fmt.Errorf("it ended at once: %s", said)
 		}
@@ -243,6 +272,18 @@ func (m *machine) explain(ctx context.Context, err error) error {
 		return err
 	}
 	return fmt.Errorf("%w; it says: %s", err, said)
+}
+
+// lastWord is what the kernel knows about the end of a QEMU that said nothing.
+func (m *machine) lastWord() string {
+	status, err := m.pid.Reap()
+	if err != nil || !status.Known {
+		return "without a word"
+	}
+	if (evidence{restored: m.restored, status: status}).unread() {
+		return "a page of the guest's saved memory could not be read"
+	}
+	return status.String()
 }
 
 // oneLine joins the lines that QEMU printed, without its name in front of each.

@@ -5,6 +5,11 @@
 // in the Driver, not in whoever holds a handle, so a test "restarts the agent"
 // by dropping every handle and calling Adopt on the same Driver. What breaks,
 // and when, the test decides with FailStarts, Crash and PowerOff.
+//
+// A guest's memory is real bytes (Memory), and a save and a restore carry them
+// truly. Its goroutine cannot be carried: a restored machine runs Guest anew,
+// from its first Thaw on, with Inside.Restored set, and what the guest wants to
+// know of its past it keeps in memory.
 package vmmfake
 
 import (
@@ -18,6 +23,7 @@ import (
 	"sync"
 
 	"github.com/dormouse-sandbox/dormouse/internal/fault"
+	"github.com/dormouse-sandbox/dormouse/internal/undo"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 	"github.com/dormouse-sandbox/dormouse/vmm"
 )
@@ -40,6 +46,7 @@ type Driver struct {
 	nextPID   int
 	failStart []error
 	starts    int
+	version   string
 }
 
 // Guest is what a fake machine runs. It returns when ctx ends (the machine was
@@ -55,7 +62,17 @@ type Inside struct {
 	Console interface{ Write([]byte) (int, error) }
 	// Listener accepts what Driver.Dial opens. It is closed when the machine ends.
 	Listener net.Listener
+	// Memory is the guest's RAM.
+	Memory *Memory
+	// Restored says that the machine was not booted: its memory is of another one.
+	Restored bool
+
+	vm   *vm
+	pass func(done <-chan struct{}) // returns when the machine is not frozen
 }
+
+// Disk is the path of what the guest writes its disk to now.
+func (m Inside) Disk() string { return m.vm.diskPath() }
 
 // ErrOutOfMemory is returned by a Guest that dies for want of memory.
 var ErrOutOfMemory = errors.New("kernel panic: system is deadlocked on memory")
@@ -73,12 +90,24 @@ func New(guest Guest) *Driver {
 	if guest == nil {
 		guest = Idle
 	}
-	return &Driver{guest: guest, bootID: "fake-boot", machines: map[int]*vm{}, held: map[*machine]bool{}, nextPID: firstPID}
+	return &Driver{guest: guest, bootID: "fake-boot", machines: map[int]*vm{}, held: map[*machine]bool{}, nextPID: firstPID, version: "0"}
 }
 
-// Capabilities is fixed.
+// Capabilities changes with Upgrade only.
 func (d *Driver) Capabilities() vmm.Capabilities {
-	return vmm.Capabilities{Driver: Name, Version: "0", Accelerator: "none", Reason: "the fake emulates nothing"}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return vmm.Capabilities{
+		Driver: Name, Version: d.version, Accelerator: "none", Reason: "the fake emulates nothing", Compat: Name + " " + d.version,
+	}
+}
+
+// Upgrade makes the driver one of another version, which restores nothing that
+// was saved before. Machines run on.
+func (d *Driver) Upgrade(version string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.version = version
 }
 
 // FailStarts makes the next starts return these errors, one each.
@@ -132,6 +161,30 @@ func (d *Driver) PowerOff(id sandbox.ID) error {
 	return d.endOne(id, vmm.Exit{Cause: sandbox.CauseGuestExit, Detail: "fake: the guest powered off"})
 }
 
+// FailMemory ends a machine as one whose memory could not be served.
+func (d *Driver) FailMemory(id sandbox.ID) error {
+	return d.endOne(id, vmm.Exit{Cause: sandbox.CausePagerFault, Detail: "fake: its memory could not be read"})
+}
+
+// Memory is the RAM of a running machine, for a test that plays the guest: it
+// waits like the guest while the machine is frozen.
+func (d *Driver) Memory(id sandbox.ID) (*Memory, error) {
+	v, err := d.byID(id)
+	if err != nil {
+		return nil, err
+	}
+	return v.memory, nil
+}
+
+// Disk is the path that a machine writes its disk to now.
+func (d *Driver) Disk(id sandbox.ID) (string, error) {
+	v, err := d.byID(id)
+	if err != nil {
+		return "", err
+	}
+	return v.diskPath(), nil
+}
+
 func (d *Driver) endOne(id sandbox.ID, exit vmm.Exit) error {
 	v, err := d.byID(id)
 	if err != nil {
@@ -170,45 +223,57 @@ func (d *Driver) all() []*vm {
 	return vms
 }
 
-// Start boots a guest. It asks for the same things of its Spec as a real driver.
-func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) {
+// Start boots or restores a guest. It asks for the same things of its Spec as a
+// real driver.
+func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (_ vmm.Machine, err error) {
 	if err := errors.Join(ctx.Err(), fault.Point(ctx, "vmmfake/start")); err != nil {
 		return nil, fmt.Errorf("start fake VM: %w", err)
 	}
-	if err := check(spec); err != nil {
+	if err := errors.Join(check(spec), d.checkRestore(spec)); err != nil {
 		return nil, err
 	}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	var u undo.Stack
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, u.Run(ctx))
+		}
+	}()
+	listener, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
 		return nil, fmt.Errorf("start fake VM: listen for the guest: %w", err)
 	}
+	u.PushClose("listener", listener.Close)
 	life, stop := context.WithCancel(context.WithoutCancel(ctx)) // a VM outlives the call that made it
-	v, err := d.register(spec, listener, stop)
-	if err != nil {
-		stop()
-		return nil, errors.Join(err, listener.Close())
+	u.PushClose("life", func() error { stop(); return nil })
+	v := newVM(d, spec, &port{TCPListener: listener}, stop)
+	if err := v.plugMemory(spec.Restore); err != nil {
+		return nil, fmt.Errorf("start fake VM: %w", err)
+	}
+	u.PushClose("memory", v.memory.close)
+	if err := d.register(v); err != nil {
+		return nil, err
 	}
 	go v.run(life, d.guest)
 	return d.hold(v), nil
 }
 
-func (d *Driver) register(spec vmm.Spec, listener net.Listener, stop context.CancelFunc) (*vm, error) {
+// register gives a machine its identity.
+func (d *Driver) register(v *vm) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if len(d.failStart) > 0 {
 		err := d.failStart[0]
 		d.failStart = d.failStart[1:]
-		return nil, fmt.Errorf("start fake VM: %w", err)
+		return fmt.Errorf("start fake VM: %w", err)
 	}
 	pid := d.nextPID
 	d.nextPID++
 	d.starts++
-	v := newVM(d, spec, listener, vmm.Record{
-		ID: spec.ID, Driver: Name, PID: pid, StartTime: uint64(pid), BootID: d.bootID, Dir: spec.Dir,
-	})
-	v.stop = stop
+	v.record = vmm.Record{
+		ID: v.spec.ID, Driver: Name, PID: pid, StartTime: uint64(pid), BootID: d.bootID, Dir: v.spec.Dir,
+	}
 	d.machines[pid] = v
-	return v, nil
+	return nil
 }
 
 func (d *Driver) forget(pid int) {

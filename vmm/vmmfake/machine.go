@@ -20,21 +20,38 @@ type vm struct {
 	driver   *Driver
 	spec     vmm.Spec
 	record   vmm.Record
-	listener net.Listener
+	listener *port
 	console  console
+	memory   *Memory
+	gate     gate
 	done     chan struct{}
 	stop     context.CancelFunc // of the guest's context, which lives as long as the machine
 
 	once sync.Once
 	exit vmm.Exit // set before done is closed
+
+	mu   sync.Mutex
+	disk string
 }
 
-func newVM(d *Driver, spec vmm.Spec, listener net.Listener, record vmm.Record) *vm {
-	return &vm{driver: d, spec: spec, record: record, listener: listener, done: make(chan struct{})}
+func newVM(d *Driver, spec vmm.Spec, listener *port, stop context.CancelFunc) *vm {
+	v := &vm{driver: d, spec: spec, listener: listener, stop: stop, disk: spec.DiskPath, done: make(chan struct{})}
+	v.spec.Restore = nil // its descriptor is the caller's
+	return v
+}
+
+func (v *vm) diskPath() string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.disk
 }
 
 func (v *vm) run(ctx context.Context, guest Guest) {
-	err := guest(ctx, Inside{Spec: v.spec, Console: &v.console, Listener: v.listener})
+	v.gate.pass(ctx.Done()) // of a restored machine nothing runs before its first Thaw
+	err := guest(ctx, Inside{
+		Spec: v.spec, Console: gated{&v.console, &v.gate, v.done}, Listener: v.listener,
+		Memory: v.memory, Restored: v.memory.base != nil, vm: v, pass: v.gate.pass,
+	})
 	exit := vmm.Exit{Cause: sandbox.CauseGuestExit, Detail: "fake: the guest powered off"}
 	if err != nil {
 		exit.Detail = "fake: " + err.Error()
@@ -51,8 +68,9 @@ func (v *vm) end(exit vmm.Exit) {
 		exit.At = time.Now()
 		v.exit = exit
 		v.stop()
-		_ = v.listener.Close() // nobody dials a dead machine
+		_ = v.listener.Close() // nobody dials a dead machine, and what is open breaks now
 		v.driver.forget(v.record.PID)
+		_ = v.memory.close() // it was only read
 		close(v.done)
 	})
 	<-v.done
@@ -117,7 +135,7 @@ func Serve(handler http.Handler) Guest {
 		protocols := new(http.Protocols)
 		protocols.SetHTTP1(true)
 		protocols.SetUnencryptedHTTP2(true)
-		server := &http.Server{Handler: handler, Protocols: protocols, ReadHeaderTimeout: time.Minute}
+		server := &http.Server{Handler: behind(m.pass, handler), Protocols: protocols, ReadHeaderTimeout: time.Minute}
 		stop := context.AfterFunc(ctx, func() { _ = server.Close() }) // breaks what is open, as a dead VM does
 		defer stop()
 		_, _ = m.Console.Write([]byte("fake: guest agent listens\n")) // the console never fails

@@ -37,6 +37,8 @@ func guest(ctx context.Context, m vmmfake.Inside) error {
 			_, _ = fmt.Fprintf(m.Console, "line %d %s\n", i, strings.Repeat("x", 1000))
 			time.Sleep(time.Microsecond)
 		}
+	case vmmtest.Remember:
+		remember(ctx, m)
 	}
 	<-ctx.Done()
 	return nil
@@ -56,6 +58,7 @@ func TestConformance(t *testing.T) {
 			BootLimit:   5 * time.Second,
 			ConsoleKeep: 64 << 10,
 			Boots:       20,
+			Generations: 9,
 			KillOutside: func(t *testing.T, m vmm.Machine) {
 				if err := d.Crash(m.Record().ID); err != nil {
 					t.Fatal(err)
@@ -66,8 +69,11 @@ func TestConformance(t *testing.T) {
 	})
 }
 
+// noHurry is how long a loaded machine may take for what happens at once.
+const noHurry = 10 * time.Second
+
 func spec(t *testing.T, g vmmtest.Guest) vmm.Spec {
-	return vmm.Spec{ID: sandbox.NewID(), VCPUs: 1, MemMiB: 128, Dir: t.TempDir(), Cmdline: string(g)}
+	return vmm.Spec{ID: sandbox.NewID(), VCPUs: 1, MemMiB: 4, Dir: t.TempDir(), Cmdline: string(g)}
 }
 
 func TestTheGuestAgentIsReachedByDialUntilTheMachineEnds(t *testing.T) {

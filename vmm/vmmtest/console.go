@@ -40,7 +40,7 @@ func consoleOffsets(t *testing.T, h Harness) {
 
 func consoleBounded(t *testing.T, h Harness) {
 	m := start(t, h, h.Driver(t), Count)
-	shows(t, h, m, "line 3 ")
+	shows(t, h, m, "line ")
 	enough := int64(3 * h.ConsoleKeep)
 	testkit.Eventually(t, 2*h.BootLimit, "past three times what is kept", func() bool {
 		_, next, err := m.Console(1<<62, 0)

@@ -5,6 +5,7 @@ package vmmtest
 
 import (
 	"context"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -23,6 +24,16 @@ const (
 	Panic    Guest = "panic"    // panics the kernel
 	OOM      Guest = "oom"      // takes all memory, until the kernel gives up
 	Count    Guest = "count"    // prints "line N …" of a kilobyte, for ever
+	// Remember writes and zeroes pages for ever, whose content it can tell, and
+	// looks at all of them between: it prints Remembers each time they are right,
+	// or Forgot.
+	Remember Guest = "remember"
+)
+
+// What Remember prints.
+const (
+	Remembers = "GUEST-REMEMBERS"
+	Forgot    = "GUEST-FORGOT"
 )
 
 // Marker is in the console of every guest that has booted.
@@ -47,6 +58,12 @@ type Harness struct {
 	ConsoleDisk func(t *testing.T, r vmm.Record) int64
 	// Boots is how many boots in a row must all succeed.
 	Boots int
+	// Generations is how many times in a row a guest is saved and restored.
+	Generations int
+	// Memory gives the memory of a saved guest to its restore. It is in a flat file,
+	// and the runs of it differ from what the guest was started with: what the last
+	// call was about, or zeros. Nil gives the flat file.
+	Memory func(t *testing.T, flat string, runs []vmm.PageRun) *os.File
 }
 
 // noticed is how soon the end of a process must be known.
@@ -70,6 +87,11 @@ func Run(t *testing.T, fresh func(t *testing.T) Harness) {
 		{"Adopt of a dead VM is not_found", adoptDead},
 		{"Adopt touches nobody but the very process", adoptStranger},
 		{"Sweep ends what nobody holds, and nothing else", sweep},
+		{"a frozen VM stands still until it is thawed", freeze},
+		{"a VM stays frozen while nobody holds it", adoptedFrozen},
+		{"a frozen VM can be killed, and dies noticed", frozenEnds},
+		{"a saved VM is restored as it was, generation after generation", generations},
+		{"two are restored from one, and what cannot be restored is refused", forks},
 		{"console offsets", consoleOffsets},
 		{"a guest that prints for ever fills no disk", consoleBounded},
 		{"a failed Start leaves nothing", failedStart},
@@ -119,11 +141,11 @@ func shows(t *testing.T, h Harness, m vmm.Machine, text string) {
 			if strings.Contains(console(t, m), text) {
 				return
 			}
-			t.Fatalf("the VM ended (%+v) before its console showed %q:\n%s", m.Exit(), text, console(t, m))
+			t.Fatalf("the VM ended (%+v) before its console showed %q:\n%s", m.Exit(), text, consoleEnd(t, m))
 		case <-time.After(20 * time.Millisecond):
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("after %v the console does not show %q:\n%s", h.BootLimit, text, console(t, m))
+			t.Fatalf("after %v the console does not show %q:\n%s", h.BootLimit, text, consoleEnd(t, m))
 		}
 	}
 }
@@ -137,13 +159,20 @@ func console(t *testing.T, m vmm.Machine) string {
 	return string(data)
 }
 
+// consoleEnd is as much of it as people read.
+func consoleEnd(t *testing.T, m vmm.Machine) string {
+	t.Helper()
+	text := console(t, m)
+	return text[max(0, len(text)-4000):]
+}
+
 func ended(t *testing.T, m vmm.Machine, within time.Duration) vmm.Exit {
 	t.Helper()
 	limit := time.After(within + time.Millisecond) // a select with two ready cases takes either
 	select {
 	case <-m.Done():
 	case <-limit:
-		t.Fatalf("after %v it still runs; its console:\n%s", within, console(t, m))
+		t.Fatalf("after %v it still runs; its console:\n%s", within, consoleEnd(t, m))
 	}
 	exit := m.Exit()
 	if exit.At.IsZero() || exit.Detail == "" {

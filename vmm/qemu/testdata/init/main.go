@@ -52,6 +52,12 @@ func act(do string) {
 		for i := 0; ; i++ {
 			say("line %d %s", i, strings.Repeat("x", 1000))
 		}
+	case "remember":
+		remember(16)
+	case "remember-much":
+		remember(192)
+	case "disk":
+		writeDisk()
 	case "devices":
 		devices()
 	case "clock":
@@ -71,9 +77,8 @@ func eat() {
 	}
 }
 
-// devices loads the modules in /modules in the order of their names, and tells
-// which block and network devices appeared.
-func devices() {
+// loadModules loads what is in /modules in the order of the names.
+func loadModules() {
 	_ = os.Mkdir("/sys", 0o755)
 	_ = syscall.Mount("sysfs", "/sys", "sysfs", 0, "")
 	modules, _ := filepath.Glob("/modules/*.ko")
@@ -90,6 +95,11 @@ func devices() {
 	}
 	_ = os.Mkdir("/dev", 0o755)
 	_ = syscall.Mount("devtmpfs", "/dev", "devtmpfs", 0, "")
+}
+
+// devices tells which block and network devices appeared.
+func devices() {
+	loadModules()
 	head := make([]byte, 16)
 	for range 50 {
 		if f, err := os.OpenFile("/dev/vda", os.O_RDWR, 0); err == nil {
