@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"syscall"
@@ -110,7 +111,7 @@ func TestNothingOpensAConnectionIntoAGuest(t *testing.T) {
 	s := acquire(t, n, netns.Policy{Internet: true})
 	g := boot(t, s)
 	serveFor(t, g.ns, "0.0.0.0:8080")
-	conn, err := s.Dial(t.Context(), "tcp", "100.127.255.2:8080")
+	conn, err := s.Dial(t.Context(), "100.127.255.2:8080")
 	if err != nil {
 		t.Fatalf("the agent itself: %v", err)
 	}
@@ -252,7 +253,7 @@ func TestPolicyEndsOpenConnections(t *testing.T) {
 func TestDial(t *testing.T) {
 	n := network(t, netns.Config{})
 	s := acquire(t, n, netns.Policy{})
-	if _, err := s.Dial(t.Context(), "tcp", "localhost:80"); !sandbox.Is(err, sandbox.KindInvalid) {
+	if _, err := s.Dial(t.Context(), "localhost:80"); !sandbox.Is(err, sandbox.KindInvalid) {
 		t.Errorf("a name: %v", err)
 	}
 	// Nobody is at the guest's address yet: the deadline holds.
@@ -260,15 +261,59 @@ func TestDial(t *testing.T) {
 	run(t, "ip -n "+g.ns+" link set eth0 down")
 	short, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if _, err := s.Dial(short, "tcp", "100.127.255.2:1"); !sandbox.Is(err, sandbox.KindTimeout) {
+	if _, err := s.Dial(short, "100.127.255.2:1"); !sandbox.Is(err, sandbox.KindTimeout) {
 		t.Errorf("nobody there: %v", err)
+	}
+	run(t, "ip -n "+g.ns+" link set eth0 up")
+	if _, err := s.Dial(t.Context(), "100.127.255.2:1"); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("nobody listens: %v", err)
 	}
 	if err := s.Close(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Dial(t.Context(), "tcp", "100.127.255.2:1"); err == nil {
+	if _, err := s.Dial(t.Context(), "100.127.255.2:1"); err == nil {
 		t.Error("a closed slot was dialled")
 	}
+}
+
+// TestDialsHoldNoThreads: guests that answer nothing could otherwise use up what
+// a process may have of them.
+func TestDialsHoldNoThreads(t *testing.T) {
+	n := network(t, netns.Config{})
+	s := acquire(t, n, netns.Policy{})
+	g := boot(t, s)
+	run(t, "ip -n "+g.ns+" link set eth0 down")
+	before := threads(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	const dials = 200
+	ended := make(chan error, dials)
+	for range dials {
+		go func() {
+			_, err := s.Dial(ctx, "100.127.255.2:1")
+			ended <- err
+		}()
+	}
+	testkit.Eventually(t, 10*time.Second, "under way, all of them", func() bool {
+		return strings.Count(run(t, "ss -N dmtest0-0 -Htn state syn-sent"), "\n") == dials
+	})
+	if during := threads(t); during > before+dials/4 {
+		t.Errorf("%d threads before %d dials, %d meanwhile", before, dials, during)
+	}
+	cancel()
+	for range dials {
+		if err := <-ended; !errors.Is(err, context.Canceled) {
+			t.Fatalf("a dial ended with %v", err)
+		}
+	}
+}
+
+func threads(t *testing.T) int {
+	t.Helper()
+	tasks, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(tasks)
 }
 
 func TestTapHasOneQueue(t *testing.T) {

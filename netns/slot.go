@@ -93,19 +93,22 @@ func awaitCarrier(name string) {
 	}
 }
 
-// Dial connects from inside the namespace: to the guest's agent. address is an
-// address and a port, no name. The connection belongs to the namespace for as
-// long as it is open.
-func (s *Slot) Dial(ctx context.Context, network, address string) (conn net.Conn, err error) {
-	if _, err := netip.ParseAddrPort(address); err != nil {
-		return nil, sandbox.WithKind(sandbox.KindInvalid, fmt.Errorf("dial %s in slot %d: %w", address, s.index, err))
+// Dial connects to a TCP port of the guest, from inside the namespace. address
+// is an address and a port, no name. The connection belongs to the namespace for
+// as long as it is open; while the guest does not answer, no thread waits for it.
+func (s *Slot) Dial(ctx context.Context, address string) (conn net.Conn, err error) {
+	to, err := netip.ParseAddrPort(address)
+	if err != nil || !to.Addr().Is4() {
+		return nil, sandbox.Errorf(sandbox.KindInvalid, "dial %s in slot %d: it is not an IPv4 address and a port", address, s.index)
 	}
+	var socket *os.File
 	err = visit(ctx, s.NetNS(), func() (err error) {
-		// With an address instead of a name the dialer makes its socket on
-		// the calling thread, and waits for it without leaving it.
-		conn, err = (&net.Dialer{}).DialContext(ctx, network, address)
+		socket, err = tcpSocket()
 		return err
 	})
+	if err == nil {
+		conn, err = connect(ctx, socket, to)
+	}
 	var slow net.Error
 	if errors.As(err, &slow) && slow.Timeout() {
 		err = sandbox.WithKind(sandbox.KindTimeout, err)
