@@ -7,10 +7,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/dormouse-sandbox/dormouse/internal/fault"
 	"github.com/dormouse-sandbox/dormouse/internal/osfs"
+	"github.com/dormouse-sandbox/dormouse/internal/sparse"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
 const (
@@ -30,11 +33,34 @@ func (s *Store) Build(ctx context.Context, r Recipe, p Progress) (Template, erro
 	if t, ok := s.published(want); ok {
 		return t, nil
 	}
-	t, err := s.build(ctx, r, want, p)
+	log, p := recorded(p)
+	t, err := s.build(ctx, job{
+		want: want, first: stepPackages, imageMiB: r.ImageMiB, log: log,
+		fill: func(ctx context.Context, w *work) (filled, error) { return s.fillFromPackages(ctx, w, r, want, p) },
+	}, p)
 	if err != nil {
-		return Template{}, fmt.Errorf("build template %q: %w", r.Name, classify(err))
+		return Template{}, fmt.Errorf("build template %q: %w", r.Name, sandbox.NoSpace(err))
 	}
 	return t, nil
+}
+
+// job is one way to make a template; all of them are cached, locked, packed and
+// published by build.
+type job struct {
+	want     Template // its name and key, and what is known before the work
+	first    string   // the step that waits when another process is at it
+	imageMiB int
+	log      *buildLog // of what the build has told so far
+	fill     func(context.Context, *work) (filled, error)
+}
+
+// filled is a tree that is ready to become an image.
+type filled struct {
+	root   string
+	record Template // what the tree has told about the template
+	// began is when the work began: younger times are not from the source.
+	began  time.Time
+	blocks int64 // that the tree needs besides its files
 }
 
 // published finds a template that is what the recipe wants. One that cannot be
@@ -44,10 +70,10 @@ func (s *Store) published(want Template) (Template, bool) {
 	return t, err == nil && t.Key == want.Key
 }
 
-func (s *Store) build(ctx context.Context, r Recipe, want Template, p Progress) (_ Template, err error) {
-	started := time.Now()
+func (s *Store) build(ctx context.Context, j job, p Progress) (_ Template, err error) {
+	started, want := time.Now(), j.want
 	lock, err := s.lock(ctx, "image-"+want.Key, func() {
-		p.line(stepPackages, Unknown, "another process builds this template; waiting for it")
+		p.line(j.first, Unknown, "another process builds this template; waiting for it")
 	})
 	if err != nil {
 		return Template{}, err
@@ -59,17 +85,17 @@ func (s *Store) build(ctx context.Context, r Recipe, want Template, p Progress) 
 	cached := filepath.Join(s.cfg.Cache, cacheImages, want.Key)
 	record, err := readRecord(cached)
 	if err != nil { // not cached, or not usable
-		if record, err = s.make(ctx, r, want, cached, p); err != nil {
+		if record, err = s.make(ctx, j, cached, p); err != nil {
 			return Template{}, err
 		}
 	}
 	record.Name = want.Name
 	p.step(stepPublish, 0)
-	if err := s.publish(ctx, record, filepath.Join(cached, imageFile)); err != nil {
+	if err := s.publish(ctx, record, cached); err != nil {
 		return Template{}, fmt.Errorf("publish: %w", err)
 	}
 	p.step(stepPublish, 1)
-	s.log.Info("template published", "template", r.Name, "digest", record.Digest, "took", time.Since(started))
+	s.log.Info("template published", "template", want.Name, "digest", record.Digest, "took", time.Since(started))
 	return s.Get(want.Name)
 }
 
@@ -94,7 +120,7 @@ func readRecord(cached string) (Template, error) {
 }
 
 // make builds the image in a work folder and moves it into the cache, whole.
-func (s *Store) make(ctx context.Context, r Recipe, want Template, cached string, p Progress) (_ Template, err error) {
+func (s *Store) make(ctx context.Context, j job, cached string, p Progress) (_ Template, err error) {
 	if err := s.sweep(); err != nil {
 		return Template{}, fmt.Errorf("sweep: %w", err)
 	}
@@ -107,11 +133,15 @@ func (s *Store) make(ctx context.Context, r Recipe, want Template, cached string
 	if err := os.Mkdir(out, 0o755); err != nil {
 		return Template{}, err
 	}
-	record, err := s.makeImage(ctx, w, r, want, filepath.Join(out, imageFile), p)
+	f, err := j.fill(ctx, w)
 	if err != nil {
 		return Template{}, err
 	}
-	if err := writeJSON("template-record", filepath.Join(out, templateFile), record); err != nil {
+	record, err := makeImage(ctx, w, f, j.imageMiB, filepath.Join(out, imageFile), p)
+	if err != nil {
+		return Template{}, err
+	}
+	if err := errors.Join(writeLog(out, j.log.text()), writeJSON("template-record", filepath.Join(out, templateFile), record)); err != nil {
 		return Template{}, err
 	}
 	return record, s.intoCache(ctx, out, cached)
@@ -135,33 +165,44 @@ func (s *Store) intoCache(ctx context.Context, out, cached string) error {
 	return osfs.Rename("template-cache", out, cached)
 }
 
-// makeImage goes from packages to a finished, read-only image.
-func (s *Store) makeImage(ctx context.Context, w *work, r Recipe, t Template, image string, p Progress) (Template, error) {
-	root := w.path("root")
-	started := time.Now()
+// fillFromPackages makes the tree of a recipe.
+func (s *Store) fillFromPackages(ctx context.Context, w *work, r Recipe, want Template, p Progress) (filled, error) {
+	f := filled{root: w.path("root"), record: want, began: time.Now()}
 	p.step(stepPackages, 0)
 	err := errors.Join(fault.Point(ctx, "template/packages"),
-		s.bootstrap(ctx, w, r.mmdebstrapArgs(root), bootstrapProgress(p, stepPackages)))
+		s.bootstrap(ctx, w, r.mmdebstrapArgs(f.root), bootstrapProgress(p, stepPackages, w.dir)))
 	if err != nil {
-		return t, fmt.Errorf("%s: %w", stepPackages, err)
+		return f, fmt.Errorf("%s: %w", stepPackages, err)
 	}
 	p.step(stepImage, 0)
-	if err := errors.Join(fault.Point(ctx, "template/finish"), finish(root, r)); err != nil {
-		return t, fmt.Errorf("finish root: %w", err)
+	if err := errors.Join(fault.Point(ctx, "template/finish"), finish(f.root, r)); err != nil {
+		return f, fmt.Errorf("finish root: %w", err)
 	}
-	c, err := measure(root, started)
+	return f, nil
+}
+
+// makeImage goes from a tree to a finished, read-only image.
+func makeImage(ctx context.Context, w *work, f filled, imageMiB int, image string, p Progress) (Template, error) {
+	t := f.record
+	p.step(stepImage, 0)
+	c, err := measure(f.root, f.began)
 	if err != nil {
 		return t, fmt.Errorf("measure root: %w", err)
 	}
-	g, err := layout(c, r.ImageMiB)
+	c.blocks += f.blocks
+	g, err := layout(c, imageMiB)
 	if err != nil {
 		return t, err
 	}
 	if err := fault.Point(ctx, "template/image"); err != nil {
 		return t, err
 	}
-	line := func(text string) { p.line(stepImage, 0, text) }
-	if err := makeExt4(ctx, w, root, image, g, t.Key, c.newest, line); err != nil {
+	line := func(text string) {
+		if !strings.Contains(text, w.dir) && !strings.Contains(text, "fs_type") { // our own paths, and our own configuration
+			p.line(stepImage, 0, text)
+		}
+	}
+	if err := makeExt4(ctx, w, f.root, image, g, t.Key, c.newest, line); err != nil {
 		return t, fmt.Errorf("%s: %w", stepImage, err)
 	}
 	p.step(stepImage, 0.7)
@@ -181,7 +222,7 @@ func seal(ctx context.Context, image string, t Template) (Template, error) {
 	if err != nil {
 		return t, err
 	}
-	t.ImageBytes, t.AllocatedBytes = info.Size(), allocated(info)
+	t.ImageBytes, t.AllocatedBytes = info.Size(), sparse.Allocated(info)
 	t.BuiltAt = time.Now().UTC().Truncate(time.Second)
 	return t, nil
 }

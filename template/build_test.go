@@ -188,7 +188,12 @@ func TestBuildFailures(t *testing.T) {
 		{
 			name:       "mmdebstrap fails: the end of its log is in the error",
 			mmdebstrap: "echo begin; seq 1000; echo 'E: Unable to locate package nonesuch' >&2; exit 3",
-			kind:       sandbox.KindInternal, says: "E: Unable to locate package nonesuch",
+			kind:       sandbox.KindInvalid, says: "E: Unable to locate package nonesuch",
+		},
+		{
+			name:       "mmdebstrap fails for a reason that is nobody's",
+			mmdebstrap: "echo begin; seq 1000; echo 'E: something odd' >&2; exit 3",
+			kind:       sandbox.KindInternal, says: "E: something odd",
 		},
 		{
 			name: "mke2fs fails", mmdebstrap: fakeRoot, mke2fs: "echo 'mke2fs: bad magic' >&2; exit 1",

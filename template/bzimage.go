@@ -63,7 +63,7 @@ func ExtractELF(in, out string) error {
 		return fmt.Errorf("extract kernel %s: %w", in, err)
 	}
 	if err := osfs.WriteFile("template-elf", out, image, 0o444); err != nil {
-		return fmt.Errorf("extract kernel: %w", classify(err))
+		return fmt.Errorf("extract kernel: %w", sandbox.NoSpace(err))
 	}
 	return nil
 }

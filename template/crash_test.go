@@ -1,6 +1,8 @@
 package template_test
 
 import (
+	"archive/tar"
+	"bytes"
 	"context"
 	"fmt"
 	"os"
@@ -38,8 +40,34 @@ func builder(dirs []string) error {
 	if _, err = s.Kernel(context.Background(), template.KernelConfig{}, nil); err != nil {
 		return err
 	}
-	_, err = s.Build(context.Background(), recipe(), nil)
-	return err
+	if _, err = s.Build(context.Background(), recipe(), nil); err != nil {
+		return err
+	}
+	if _, err = s.Import(context.Background(), tinyImport(), nil); err != nil {
+		return err
+	}
+	if _, err = s.BuildDockerfile(context.Background(), tinyDockerfile(), nil); err != nil {
+		return err
+	}
+	return s.Delete(context.Background(), "cooked")
+}
+
+func tinyDockerfile() template.Dockerfile {
+	return template.Dockerfile{Name: "cooked", Context: tinyTar("Dockerfile", "FROM scratch\nCOPY Dockerfile /bin/\n")}
+}
+
+func tinyImport() template.Import {
+	return template.Import{Name: "imported", From: template.Tar{Reader: tinyTar("bin/sh", "x")}}
+}
+
+// tinyTar needs no testing.T: a builder that is killed has none.
+func tinyTar(name, text string) *bytes.Buffer {
+	var buf bytes.Buffer
+	w := tar.NewWriter(&buf)
+	_ = w.WriteHeader(&tar.Header{Name: name, Mode: 0o755, Size: int64(len(text))}) // cannot fail: it goes to memory
+	_, _ = w.Write([]byte(text))
+	_ = w.Close()
+	return &buf
 }
 
 func builderCmd(t *testing.T, cfg template.Config, faults string) *exec.Cmd {
@@ -78,7 +106,7 @@ func durable(t *testing.T) []string {
 func TestKilledAtEveryStep(t *testing.T) {
 	newFakes(t, fakeBoth(t))
 	points := durable(t)
-	for _, must := range []string{"template/image", "template/cache", "template/publish", "osfs/template-publish/rename"} {
+	for _, must := range []string{"template/unpack", "template/context", "template/step", "template/delete", "template/furnish", "template/image", "template/cache", "template/publish", "osfs/template-publish/rename"} {
 		if !slices.Contains(points, must) {
 			t.Fatalf("the steps %v do not hold %s", points, must)
 		}
@@ -100,11 +128,13 @@ func afterCrash(t *testing.T, cfg template.Config) {
 	t.Helper()
 	s := open(t, cfg)
 	noTemp(t, cfg)
-	switch made, err := s.Get("small"); {
-	case err == nil:
-		fsck(t, made.Image)
-	case !sandbox.Is(err, sandbox.KindNotFound):
-		t.Errorf("get after the crash: %v", err)
+	for _, name := range []string{"small", "imported", "cooked"} {
+		switch made, err := s.Get(name); {
+		case err == nil:
+			fsck(t, made.Image)
+		case !sandbox.Is(err, sandbox.KindNotFound):
+			t.Errorf("get after the crash: %v", err)
+		}
 	}
 	if _, err := s.List(); err != nil {
 		t.Errorf("list after the crash: %v", err)
@@ -113,6 +143,16 @@ func afterCrash(t *testing.T, cfg template.Config) {
 		t.Errorf("kernel after the crash: %+v, %v", k, err)
 	}
 	fsck(t, build(t, s, recipe()).Image)
+	imported, err := s.Import(t.Context(), tinyImport(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fsck(t, imported.Image)
+	cooked, err := s.BuildDockerfile(t.Context(), tinyDockerfile(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fsck(t, cooked.Image)
 	noTemp(t, cfg)
 }
 

@@ -8,6 +8,5 @@ var (
 	ParseModinfoText = parseModinfoText
 	ParseBuiltin     = parseBuiltin
 	PackInitramfs    = packInitramfs
-	CopySparse       = copySparse
 	ReadKernel       = readKernel
 )

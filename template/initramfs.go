@@ -26,7 +26,7 @@ const initramfsVersion = 1
 func (s *Store) Initramfs(ctx context.Context, k Kernel, guestBinary string) (string, error) {
 	path, err := s.initramfs(ctx, k, guestBinary)
 	if err != nil {
-		return "", fmt.Errorf("initramfs: %w", classify(err))
+		return "", fmt.Errorf("initramfs: %w", sandbox.NoSpace(err))
 	}
 	return path, nil
 }

@@ -56,7 +56,7 @@ type KernelConfig struct {
 func (s *Store) Kernel(ctx context.Context, cfg KernelConfig, p Progress) (Kernel, error) {
 	k, err := s.kernel(ctx, cfg, p)
 	if err != nil {
-		return Kernel{}, fmt.Errorf("kernel: %w", classify(err))
+		return Kernel{}, fmt.Errorf("kernel: %w", sandbox.NoSpace(err))
 	}
 	return k, nil
 }
@@ -90,7 +90,8 @@ func (s *Store) kernel(ctx context.Context, cfg KernelConfig, p Progress) (_ Ker
 	return readKernel(published)
 }
 
-// kernelKey names a given kernel by its content, and Debian's by its name.
+// kernelKey names a given kernel by its content, and Debian's by its name and what
+// is taken of it.
 func kernelKey(cfg KernelConfig) (string, error) {
 	if cfg.Image == "" {
 		if cfg.ModulesDir != "" {
@@ -99,7 +100,7 @@ func kernelKey(cfg KernelConfig) (string, error) {
 		if err := checkMirror(cfg.Mirror); err != nil {
 			return "", err
 		}
-		return hashOf([]any{builderVersion, kernelPackage, kernelSuite, cfg.Mirror, cfg.Revision}), nil
+		return hashOf([]any{builderVersion, kernelPackage, kernelSuite, cfg.Mirror, cfg.Revision, wantedNames()}), nil
 	}
 	digest, err := digestFile(cfg.Image)
 	if errors.Is(err, fs.ErrNotExist) {

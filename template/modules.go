@@ -43,8 +43,18 @@ var wanted = []struct {
 	{"virtio_rng", false},
 	{"virtio_console", false},
 	{"overlay", false},
+	{"tcp_diag", false},       // a copy ends the connections of its past by it
 	{"crc32c_generic", false}, // ext4 asks for it by another name, so it is in no list of dependencies
 	{"ext4", true},
+}
+
+// wantedNames are the names of the wanted modules.
+func wantedNames() []string {
+	var names []string
+	for _, w := range wanted {
+		names = append(names, w.name)
+	}
+	return names
 }
 
 // module is one loadable module.

@@ -4,22 +4,20 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/dormouse-sandbox/dormouse/internal/fault"
 	"github.com/dormouse-sandbox/dormouse/internal/osfs"
+	"github.com/dormouse-sandbox/dormouse/internal/sparse"
 )
 
 // publish makes a cached image visible under its name. The record comes last:
-// before it the old template is there, after it the new one.
-func (s *Store) publish(ctx context.Context, t Template, image string) (err error) {
+// before it the old template is there, after it the new one. The log of who made
+// the image goes with it.
+func (s *Store) publish(ctx context.Context, t Template, cached string) (err error) {
 	gate, err := lockGate(s.cfg.Dir)
 	if err != nil {
 		return err
@@ -32,11 +30,18 @@ func (s *Store) publish(ctx context.Context, t Template, image string) (err erro
 	if err != nil {
 		return err
 	}
-	if err := linkOrCopy("template-image", image, target); err != nil {
+	if err := linkOrCopy("template-image", filepath.Join(cached, imageFile), target); err != nil {
 		return err
 	}
 	dir := filepath.Join(s.cfg.Dir, t.Name)
 	if err := osfs.MkdirAll("template-publish", dir, 0o755); err != nil {
+		return err
+	}
+	log, err := readLog(cached)
+	if err != nil {
+		return err
+	}
+	if err := writeLog(dir, log); err != nil {
 		return err
 	}
 	return writeJSON("template-publish", filepath.Join(dir, templateFile), t)
@@ -93,32 +98,6 @@ func linkOrCopy(op, from, to string) error {
 		return err
 	}
 	return osfs.Replace(op, to, info.Mode().Perm(), func(dst *os.File) error {
-		return copySparse(dst, src, info.Size())
+		return sparse.CopyFile(dst, src)
 	})
-}
-
-// copySparse copies data and leaves holes as holes.
-func copySparse(dst, src *os.File, size int64) error {
-	if err := dst.Truncate(size); err != nil {
-		return err
-	}
-	for offset := int64(0); offset < size; {
-		data, err := unix.Seek(int(src.Fd()), offset, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) { // only a hole is left
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("find data: %w", err)
-		}
-		hole, err := unix.Seek(int(src.Fd()), data, unix.SEEK_HOLE)
-		if err != nil {
-			return fmt.Errorf("find hole: %w", err)
-		}
-		part := io.NewSectionReader(src, data, hole-data)
-		if _, err := io.Copy(io.NewOffsetWriter(dst, data), part); err != nil {
-			return err
-		}
-		offset = hole
-	}
-	return nil
 }

@@ -126,6 +126,7 @@ func realInitramfs(t *testing.T, a template.Assets) {
 		{"virtio", "virtio_blk"},
 		{"failover", "net_failover"},
 		{"net_failover", "virtio_net"},
+		{"inet_diag", "tcp_diag"},
 	} {
 		if at[pair[0]] == 0 || at[pair[0]] >= at[pair[1]] {
 			t.Errorf("%s is not loaded before %s:\n%s", pair[0], pair[1], strings.Join(list, "\n"))

@@ -1,6 +1,7 @@
 package template
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"net/url"
@@ -44,12 +45,31 @@ type Recipe struct {
 	Revision string
 }
 
+// DefaultSuite is the suite of recipes that name none.
+const DefaultSuite = "bookworm"
+
+// furniture is what a sandbox made of packages has besides them: an account with
+// bash, and sudo for it, and the names of those who sign certificates.
+var furniture = []string{"bash", "ca-certificates", "passwd", "sudo"}
+
+// DebianRecipe is a template of packages that somebody has listed, with what the
+// account of a sandbox needs. Without a suite it is DefaultSuite.
+func DebianRecipe(name, suite string, packages []string, imageMiB int) Recipe {
+	if suite == "" {
+		suite = DefaultSuite
+	}
+	return Recipe{
+		Name: name, Suite: suite, Packages: append(slices.Clone(furniture), packages...), ImageMiB: imageMiB,
+		User: "user", Env: map[string]string{"LANG": "C.UTF-8"},
+	}
+}
+
 // BaseRecipe is the default template: a small Debian with Python, git and the
 // tools that people type without thinking.
 func BaseRecipe() Recipe {
 	return Recipe{
 		Name:  "base",
-		Suite: "bookworm",
+		Suite: DefaultSuite,
 		Packages: []string{
 			"bash", "ca-certificates", "coreutils", "curl", "git", "iproute2", "iputils-ping", "less", "nano",
 			"ncurses-bin", "netbase", "passwd", "procps", "python-is-python3", "python3", "python3-pip",
@@ -61,8 +81,6 @@ func BaseRecipe() Recipe {
 }
 
 var (
-	suitePattern   = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
-	packagePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9.+-]{0,127}$`)
 	accountPattern = regexp.MustCompile(`^[a-z_][a-z0-9_-]{0,31}$`)
 	envPattern     = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 )
@@ -72,27 +90,24 @@ func (r Recipe) check() error {
 	if err := sandbox.SafeName("template", r.Name); err != nil {
 		return err
 	}
+	if most := sandbox.MaxPackages + len(furniture); len(r.Packages) > most {
+		return invalid("there are %d packages, at most %d are allowed", len(r.Packages), most)
+	}
+	if err := errors.Join(sandbox.CheckSuite(r.Suite), sandbox.CheckPackages(r.Packages)); err != nil {
+		return err
+	}
 	switch {
-	case !suitePattern.MatchString(r.Suite):
-		return invalid("suite %q must match %s", r.Suite, suitePattern)
 	case !accountPattern.MatchString(r.User) || r.User == "root":
 		return invalid("user %q must match %s and not be root", r.User, accountPattern)
-	case r.ImageMiB != 0 && (r.ImageMiB < minImageMiB || r.ImageMiB > maxImageMiB):
-		return invalid("image size %d MiB must be 0 or between %d and %d", r.ImageMiB, minImageMiB, maxImageMiB)
 	case r.Workdir != "" && !strings.HasPrefix(r.Workdir, "/"):
 		return invalid("working directory %q must be an absolute path", r.Workdir)
-	}
-	for _, p := range r.Packages {
-		if !packagePattern.MatchString(p) {
-			return invalid("package %q must match %s", p, packagePattern)
-		}
 	}
 	for name := range r.Env {
 		if !envPattern.MatchString(name) {
 			return invalid("variable %q must match %s", name, envPattern)
 		}
 	}
-	return checkMirror(r.Mirror)
+	return errors.Join(checkImageMiB(r.ImageMiB), checkMirror(r.Mirror))
 }
 
 func checkMirror(mirror string) error {

@@ -8,15 +8,17 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/dormouse-sandbox/dormouse/internal/sparse"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
 const stepPackages = "install packages"
+
+var errNeedsRoot = sandbox.Errorf(sandbox.KindUnsupported, "building needs root: files in the image belong to other users")
 
 // milestones are what mmdebstrap says on its way, with how far it is by then;
 // measured with the base recipe.
@@ -33,8 +35,9 @@ var milestones = []struct {
 	{"cleaning package lists", 0.98},
 }
 
-// bootstrapProgress turns mmdebstrap's output into events of one step.
-func bootstrapProgress(p Progress, step string) func(line string) {
+// bootstrapProgress turns mmdebstrap's output into events of one step. The path of
+// our folder is nobody's affair.
+func bootstrapProgress(p Progress, step, dir string) func(line string) {
 	at := 0.0
 	return func(line string) {
 		for _, m := range milestones {
@@ -42,14 +45,14 @@ func bootstrapProgress(p Progress, step string) func(line string) {
 				at = max(at, m.at)
 			}
 		}
-		p.line(step, at, line)
+		p.line(step, at, strings.ReplaceAll(line, dir, ""))
 	}
 }
 
 // bootstrap runs mmdebstrap; the folder it fills is the last of its arguments.
 func (s *Store) bootstrap(ctx context.Context, w *work, args []string, line func(string)) error {
 	if os.Geteuid() != 0 {
-		return sandbox.Errorf(sandbox.KindUnsupported, "building needs root: files in the image belong to other users")
+		return errNeedsRoot
 	}
 	if _, err := os.Stat(s.cfg.Keyring); err != nil {
 		return sandbox.Errorf(sandbox.KindUnsupported,
@@ -62,11 +65,43 @@ func (s *Store) bootstrap(ctx context.Context, w *work, args []string, line func
 	if err := os.Chmod(scratch, 0o777|os.ModeSticky); err != nil { // for apt's own user, whatever the umask
 		return err
 	}
-	return tool{
+	err := tool{
 		name: "mmdebstrap", args: args, dir: w.dir, hold: w.lock, line: line,
 		env:  []string{"TMPDIR=" + scratch},
 		cure: "apt-get install mmdebstrap",
 	}.run(ctx)
+	return blame(err, w.dir)
+}
+
+// whatAptSays tells whose fault it is that packages could not be installed.
+var whatAptSays = []struct {
+	text string
+	kind sandbox.Kind
+}{
+	{"Temporary failure resolving", sandbox.KindTransient},
+	{"Could not resolve", sandbox.KindTransient},
+	{"Could not connect", sandbox.KindTransient},
+	{"Connection failed", sandbox.KindTransient},
+	{"Connection timed out", sandbox.KindTransient},
+	{"Unable to locate package", sandbox.KindInvalid},
+	{"has no installation candidate", sandbox.KindInvalid},
+	{"unmet dependencies", sandbox.KindInvalid},
+	{"does not have a Release file", sandbox.KindInvalid},
+	{"is not signed", sandbox.KindInvalid},
+}
+
+// blame gives a failed bootstrap its kind. What is a caller's affair he is told,
+// without the path of our folder.
+func blame(err error, dir string) error {
+	if err == nil || sandbox.KindOf(err) != sandbox.KindInternal {
+		return err
+	}
+	for _, said := range whatAptSays {
+		if text := err.Error(); strings.Contains(text, said.text) {
+			return sandbox.WithKind(said.kind, errors.New(strings.ReplaceAll(text, dir, "")))
+		}
+	}
+	return err
 }
 
 // finish sets what packages leave open, and removes what must not be the same
@@ -188,9 +223,6 @@ func blocksOf(info fs.FileInfo) int64 {
 	if !info.Mode().IsRegular() {
 		return 1
 	}
-	size := info.Size()
-	if st, ok := info.Sys().(*syscall.Stat_t); ok {
-		size = min(size, st.Blocks*512+blockSize) // sparse files stay sparse
-	}
+	size := min(info.Size(), sparse.Allocated(info)+blockSize) // sparse files stay sparse
 	return (size + blockSize - 1) / blockSize
 }

@@ -9,10 +9,10 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/dormouse-sandbox/dormouse/internal/osfs"
+	"github.com/dormouse-sandbox/dormouse/internal/sparse"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
@@ -31,6 +31,7 @@ const (
 	locksDir     = "lock"
 	cacheImages  = "image"
 	cacheKernels = "kernel"
+	cacheSteps   = "step" // disks after the RUN steps of Dockerfiles
 )
 
 const (
@@ -74,6 +75,35 @@ type Template struct {
 	BuiltAt        time.Time         `json:"built_at"`
 	// Key is the hash of the recipe and the builder's version.
 	Key string `json:"key"`
+	// Source says for people what the template was made from, and Config what
+	// the image it was made from says about its use. Both are empty for one of
+	// packages.
+	Source string       `json:"source,omitempty"`
+	Config *ImageConfig `json:"config,omitempty"`
+}
+
+// ImageConfig is what an image wants besides a user, a directory and variables.
+type ImageConfig struct {
+	// Start is what the image runs by itself: its entrypoint, with the command as
+	// arguments.
+	Start        []string          `json:"start,omitempty"`
+	Healthcheck  *Healthcheck      `json:"healthcheck,omitempty"`
+	ExposedPorts []string          `json:"exposed_ports,omitempty"` // "8080/tcp"
+	Labels       map[string]string `json:"labels,omitempty"`
+	StopSignal   string            `json:"stop_signal,omitempty"`
+	Shell        []string          `json:"shell,omitempty"` // for lines, instead of /bin/sh -c
+	// User is what the image says, where DefaultUser is an account of its own.
+	User string `json:"user,omitempty"`
+}
+
+// Healthcheck is how to ask whether what an image starts is ready.
+type Healthcheck struct {
+	// Test is ["NONE"], ["CMD", program, …] or ["CMD-SHELL", line].
+	Test        []string      `json:"test"`
+	Interval    time.Duration `json:"interval,omitempty"` // in nanoseconds, as all here; 0: the reader's default
+	Timeout     time.Duration `json:"timeout,omitempty"`
+	StartPeriod time.Duration `json:"start_period,omitempty"`
+	Retries     int           `json:"retries,omitempty"`
 }
 
 // Open makes the folders and clears away what crashed builds left.
@@ -94,11 +124,11 @@ func Open(cfg Config) (*Store, error) {
 	}
 	for _, dir := range []string{imagesDir, kernelsDir, initramfsDir, elfDir} {
 		if err := osfs.MkdirAll("template-open", filepath.Join(cfg.Dir, dir), 0o755); err != nil {
-			return nil, fmt.Errorf("open template store: %w", classify(err))
+			return nil, fmt.Errorf("open template store: %w", sandbox.NoSpace(err))
 		}
 	}
 	if err := s.makeCache(); err != nil {
-		return nil, fmt.Errorf("open template store: %w", classify(err))
+		return nil, fmt.Errorf("open template store: %w", sandbox.NoSpace(err))
 	}
 	if err := s.sweep(); err != nil {
 		return nil, fmt.Errorf("sweep template store: %w", err)
@@ -118,6 +148,7 @@ func (s *Store) makeCache() error {
 		{locksDir, 0o700},
 		{cacheImages, 0o755},
 		{cacheKernels, 0o755},
+		{cacheSteps, 0o700}, // unfinished, and nobody else's
 	} {
 		path := filepath.Join(s.cfg.Cache, d.name)
 		if err := osfs.MkdirAll("template-cache", path, d.perm); err != nil {
@@ -155,7 +186,7 @@ func (s *Store) Get(name string) (Template, error) {
 	if err != nil {
 		return Template{}, fmt.Errorf("template %q has lost its image: %w", name, err)
 	}
-	t.ImageBytes, t.AllocatedBytes = info.Size(), allocated(info)
+	t.ImageBytes, t.AllocatedBytes = info.Size(), sparse.Allocated(info)
 	return t, nil
 }
 
@@ -190,11 +221,4 @@ func (s *Store) imagePath(digest string) (string, error) {
 		return "", fmt.Errorf("%q is not a digest", digest)
 	}
 	return filepath.Join(s.cfg.Dir, imagesDir, hash+".ext4"), nil
-}
-
-func allocated(info fs.FileInfo) int64 {
-	if st, ok := info.Sys().(*syscall.Stat_t); ok {
-		return st.Blocks * 512 // st_blocks counts 512 bytes whatever the file system's block
-	}
-	return info.Size()
 }

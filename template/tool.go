@@ -3,7 +3,6 @@ package template
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -29,6 +28,9 @@ type tool struct {
 	dir  string
 	hold *os.File // inherited, so that its lock lives as long as the program
 	line func(string)
+	user uint32 // to run as; 0 stays root
+	// file is a last argument: a file that the user may open, wherever it lies.
+	file *os.File
 	// cure is what to do when the program is missing.
 	cure string
 }
@@ -46,8 +48,15 @@ func (t tool) run(ctx context.Context) error {
 	cmd.Env = append(toolEnv(), t.env...)
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.SysProcAttr = alone()
+	if t.user != 0 {
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: t.user, Gid: t.user}
+	}
 	if t.hold != nil {
 		cmd.ExtraFiles = []*os.File{t.hold}
+	}
+	if t.file != nil {
+		cmd.ExtraFiles = append(cmd.ExtraFiles, t.file)
+		cmd.Args = append(cmd.Args, fmt.Sprintf("/proc/self/fd/%d", 2+len(cmd.ExtraFiles)))
 	}
 	// Pdeathsig is about the thread that forks, so it must stay until the end.
 	runtime.LockOSThread()
@@ -156,11 +165,3 @@ func (t *tail) add(b []byte) {
 }
 
 func (t *tail) text() string { return strings.Join(t.last, "\n") }
-
-// classify gives an error from the operating system its kind.
-func classify(err error) error {
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return sandbox.WithKind(sandbox.KindNoSpace, err)
-	}
-	return err
-}
