@@ -4,12 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 	"unicode"
 
+	"github.com/dormouse-sandbox/dormouse/disk"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/snapshot"
 	"github.com/dormouse-sandbox/dormouse/vmm"
 )
 
@@ -22,6 +25,7 @@ type box struct {
 	op      sync.Mutex
 	machine *machine // guarded by op; nil unless the host has something of it
 	network Network  // guarded by op; what a take-over has adopted that got no further
+	unnoted bool     // guarded by op; its end has begun, and the journal did not take that
 
 	// alive ends with the sandbox; its cause is what callers are told.
 	alive context.Context
@@ -31,12 +35,44 @@ type box struct {
 	entry entry       // as last written to the journal, or about to be
 	guest *guest      // nil unless running
 	vm    vmm.Machine // for its console; nil unless running
+	disk  disk.Disk   // for its size; nil unless running
+
+	// awake ends with the sandbox or with its pause, whichever is first; each
+	// resume makes a new one.
+	awake context.Context
+	rest  context.CancelCauseFunc
+
+	joined  int // connections to its ports
+	use     activity
+	frozen  sandbox.Freeze // why it stands still
+	overlay int64          // bytes of its disk when free space was little last
+	again   time.Time      // when a VM that did not freeze or thaw is asked again
 }
 
 func newBox(e entry) *box {
 	b := &box{id: e.ID, entry: e}
 	b.alive, b.die = context.WithCancelCause(context.Background())
+	b.awake, b.rest = context.WithCancelCause(b.alive)
 	return b
+}
+
+// sleep ends every call into the guest, and keeps new ones out.
+func (b *box) sleep(why error) {
+	b.mu.Lock()
+	rest := b.rest
+	b.mu.Unlock()
+	rest(why)
+	b.shut()
+}
+
+// awakened is the context of a sandbox that runs, or is about to.
+func (b *box) awakened() context.Context {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.awake.Err() != nil {
+		b.awake, b.rest = context.WithCancelCause(b.alive)
+	}
+	return b.awake
 }
 
 // now copies the entry.
@@ -54,21 +90,31 @@ func (b *box) set(change func(*entry)) entry {
 	return b.entry
 }
 
-// agent returns the way to the guest agent, and a context that ends with the
-// caller's or with the sandbox, whichever is first.
-func (b *box) agent(ctx context.Context) (*guest, context.Context, context.CancelFunc, error) {
+// guestOf returns the way to the guest agent, and a context that ends with the
+// caller's, with the sandbox or with this agent, whichever is first.
+func (a *Agent) guestOf(ctx context.Context, b *box) (_ *guest, _ context.Context, _ context.CancelFunc, err error) {
 	b.mu.Lock()
-	g, e := b.guest, b.entry
+	g, e, frozen, awake := b.guest, b.entry, b.frozen, b.awake
+	leave := a.enter(b)
 	b.mu.Unlock()
+	defer func() {
+		if err != nil {
+			leave()
+		}
+	}()
 	if e.State != stateRunning {
 		return nil, nil, nil, errNotRunning(e)
+	}
+	if frozen != "" {
+		return nil, nil, nil, a.errFrozen(b.id)
 	}
 	if g == nil {
 		return nil, nil, nil, sandbox.Errorf(sandbox.KindTransient, "sandbox %s is being taken over after a restart; try again", b.id)
 	}
 	joined, cancel := context.WithCancelCause(ctx)
-	stop := context.AfterFunc(b.alive, func() { cancel(context.Cause(b.alive)) })
-	return g, joined, func() { stop(); cancel(nil) }, nil
+	stopBox := context.AfterFunc(awake, func() { cancel(context.Cause(awake)) })
+	stopAgent := context.AfterFunc(a.ctx, func() { cancel(errClosing) })
+	return g, joined, func() { stopBox(); stopAgent(); cancel(nil); leave() }, nil
 }
 
 // errNotRunning says why a sandbox cannot do what was asked.
@@ -76,6 +122,8 @@ func errNotRunning(e entry) error {
 	switch e.State {
 	case stateEnded, stateDestroying:
 		return errEnding(e.ID, e.Cause, e.Detail)
+	case statePaused, statePausing:
+		return sandbox.Errorf(sandbox.KindPaused, "sandbox %s is %s", e.ID, e.State)
 	}
 	return sandbox.Errorf(sandbox.KindConflict, "sandbox %s is %s", e.ID, e.State)
 }
@@ -91,15 +139,37 @@ type stopwatch struct {
 	now    func() time.Time
 	last   time.Time
 	phases []Phase
+	// What was compared and kept of each kind.
+	memory, disk snapshot.Stats
+	stoodAt      time.Time     // since when the guest stands still
+	stopped      time.Duration // how long it did, where it runs on
+}
+
+// phase is a lap that users know by its name.
+func (s *stopwatch) phase(p sandbox.SavePhase) { s.lap(string(p)) }
+
+// count notes what was compared and kept of an image.
+func (s *stopwatch) count(kind snapshot.Kind, stats snapshot.Stats) {
+	if kind == snapshot.Memory {
+		s.memory = stats
+	} else {
+		s.disk = stats
+	}
 }
 
 func newStopwatch(now func() time.Time) *stopwatch { return &stopwatch{now: now, last: now()} }
 
-// lap ends the step that began at the last lap.
+// lap ends the step that began at the last lap. A step that is done in several
+// parts is one phase.
 func (s *stopwatch) lap(name string) {
 	t := s.now()
-	s.phases = append(s.phases, Phase{name, t.Sub(s.last)})
+	took := t.Sub(s.last)
 	s.last = t
+	if i := slices.IndexFunc(s.phases, func(p Phase) bool { return p.Name == name }); i >= 0 {
+		s.phases[i].Took += took
+		return
+	}
+	s.phases = append(s.phases, Phase{name, took})
 }
 
 // causeError is an error that ended a sandbox, with the cause to record.

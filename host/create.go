@@ -17,15 +17,26 @@ type CreateRequest struct {
 	Spec     sandbox.Spec
 	Hostname string    // empty: the ID
 	Deadline time.Time // when the host destroys it by itself
+	// NoStart leaves the template's start command and its health check alone.
+	NoStart bool
+	// AutoPause is after how long of idleness the host pauses it by itself; 0 is
+	// never.
+	AutoPause time.Duration
 }
 
-// Create boots a sandbox and returns when its guest answers. On an error
+// Create boots a sandbox and returns when its guest answers, its template's start
+// command runs and the health check of that has succeeded. On an error
 // nothing of it is left on the host but the record of why.
 func (a *Agent) Create(ctx context.Context, req CreateRequest) (Status, error) {
-	p, err := a.plan(req)
+	p, release, err := a.plan(req)
 	if err != nil {
 		return Status{}, err
 	}
+	defer release()
+	return a.createPlanned(ctx, p)
+}
+
+func (a *Agent) createPlanned(ctx context.Context, p plan) (Status, error) {
 	b, created, err := a.reserve(p.entry)
 	if err != nil {
 		return Status{}, err
@@ -33,6 +44,12 @@ func (a *Agent) Create(ctx context.Context, req CreateRequest) (Status, error) {
 	if !created {
 		return a.existing(b, p.entry)
 	}
+	err = a.createReserved(ctx, b, p)
+	return statusOf(b.now()), err
+}
+
+// createReserved takes a sandbox that reserve has made to running, or to its end.
+func (a *Agent) createReserved(ctx context.Context, b *box, p plan) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	stop := context.AfterFunc(b.alive, func() { cancel(context.Cause(b.alive)) })
@@ -40,17 +57,52 @@ func (a *Agent) Create(ctx context.Context, req CreateRequest) (Status, error) {
 	defer context.AfterFunc(a.ctx, func() { cancel(errClosing) })()
 
 	defer b.op.Unlock() // reserve locked it
-	if err := a.create(ctx, b, p); err != nil {
+	err := a.create(ctx, b, p)
+	if err != nil {
 		a.createFailed(b, err)
-		return statusOf(b.now()), err
 	}
-	return statusOf(b.now()), nil
+	return err
 }
 
 var errClosing = sandbox.WithKind(sandbox.KindTransient, errors.New("the host agent is stopping"))
 
-// plan checks a request and finds its template.
-func (a *Agent) plan(req CreateRequest) (plan, error) {
+// plan checks a request and finds what it is made from. What that is made of is
+// kept until release.
+func (a *Agent) plan(req CreateRequest) (_ plan, release func(), err error) {
+	p, err := a.checked(req)
+	if err != nil {
+		return plan{}, nil, err
+	}
+	spec := req.Spec
+	t, err := a.cfg.Templates.Get(spec.Template)
+	if sandbox.Is(err, sandbox.KindNotFound) {
+		from, release, noSnapshot := a.pointNamed(spec.Template)
+		if sandbox.Is(noSnapshot, sandbox.KindNotFound) {
+			return plan{}, nil, err
+		}
+		if noSnapshot != nil {
+			return plan{}, nil, noSnapshot
+		}
+		if err := errors.Join(from.shape(spec.Template, spec), a.fits(from)); err != nil {
+			release()
+			return plan{}, nil, err
+		}
+		p.begin(from, sandbox.StartSnapshot)
+		return p, release, nil
+	}
+	if err != nil {
+		return plan{}, nil, err
+	}
+	if need := int((t.ImageBytes + 1<<20 - 1) >> 20); spec.DiskMiB < need {
+		return plan{}, nil, sandbox.Errorf(sandbox.KindInvalid, "disk_mib is %d, template %s needs at least %d", spec.DiskMiB, t.Name, need)
+	}
+	p.image = t
+	p.entry.Env, p.entry.DefaultUser, p.entry.DefaultWorkdir = t.Env, t.DefaultUser, t.DefaultWorkdir
+	return p, func() {}, nil
+}
+
+// checked checks what a request says, whatever it is made from.
+func (a *Agent) checked(req CreateRequest) (plan, error) {
 	if _, err := sandbox.ParseID(string(req.ID)); err != nil {
 		return plan{}, err
 	}
@@ -66,25 +118,22 @@ func (a *Agent) plan(req CreateRequest) (plan, error) {
 	if err := sandbox.CheckTimeout(req.Deadline.Sub(now).Round(time.Second)); err != nil {
 		return plan{}, fmt.Errorf("deadline: %w", err)
 	}
+	if req.AutoPause < 0 {
+		return plan{}, sandbox.Errorf(sandbox.KindInvalid, "auto_pause is %v, must not be negative", req.AutoPause)
+	}
 	if req.Hostname == "" {
 		req.Hostname = string(req.ID)
 	}
 	if err := sandbox.SafeName("host", req.Hostname); err != nil {
 		return plan{}, err
 	}
-	t, err := a.cfg.Templates.Get(spec.Template)
-	if err != nil {
-		return plan{}, err
-	}
-	if need := int((t.ImageBytes + 1<<20 - 1) >> 20); spec.DiskMiB < need {
-		return plan{}, sandbox.Errorf(sandbox.KindInvalid, "disk_mib is %d, template %s needs at least %d", spec.DiskMiB, t.Name, need)
-	}
-	if free := freeMiB(a.cfg.Dir); free < a.cfg.MinFreeMiB {
+	if free := a.freeMiB(); free < a.cfg.MinFreeMiB {
 		return plan{}, sandbox.Errorf(sandbox.KindNoSpace, "the host has %d MiB of free disk, creates need %d", free, a.cfg.MinFreeMiB)
 	}
-	return plan{template: t, entry: entry{
+	return plan{start: sandbox.StartBoot, noStart: req.NoStart, entry: entry{
 		ID: req.ID, State: stateCreating, Spec: spec, Hostname: req.Hostname,
 		CreatedAt: now, Deadline: req.Deadline, Slot: -1, Token: newToken(),
+		AutoPause: req.AutoPause,
 	}}, nil
 }
 
@@ -99,14 +148,8 @@ func (a *Agent) reserve(e entry) (_ *box, created bool, _ error) {
 	if b, ok := a.boxes[e.ID]; ok {
 		return b, false, nil
 	}
-	live, mem := a.load()
-	if live >= a.cfg.MaxSandboxes {
-		return nil, false, sandbox.Errorf(sandbox.KindBusy, "the host runs %d sandboxes, its limit is %d", live, a.cfg.MaxSandboxes)
-	}
-	if mem+a.costMiB(e.Spec) > a.cfg.MaxMemMiB {
-		return nil, false, sandbox.Errorf(sandbox.KindBusy,
-			"mem_mib is %d, which takes up to %d MiB here, but %d of this host's %d MiB are promised to other sandboxes",
-			e.Spec.MemMiB, a.costMiB(e.Spec), mem, a.cfg.MaxMemMiB)
+	if err := a.hasRoom(e.Spec); err != nil {
+		return nil, false, err
 	}
 	b := newBox(e)
 	b.op.Lock()
@@ -114,11 +157,25 @@ func (a *Agent) reserve(e entry) (_ *box, created bool, _ error) {
 	return b, true, nil
 }
 
-// load counts sandboxes that have not ended, and what memory they may come to
-// take, VMMs included; the caller holds mu.
+// hasRoom says whether another sandbox may run; the caller holds mu.
+func (a *Agent) hasRoom(spec sandbox.Spec) error {
+	live, mem := a.load()
+	if live >= a.cfg.MaxSandboxes {
+		return sandbox.Errorf(sandbox.KindBusy, "the host runs %d sandboxes, its limit is %d", live, a.cfg.MaxSandboxes)
+	}
+	if mem+a.costMiB(spec) > a.cfg.MaxMemMiB {
+		return sandbox.Errorf(sandbox.KindBusy,
+			"mem_mib is %d, which takes up to %d MiB here, but %d of this host's %d MiB are promised to other sandboxes",
+			spec.MemMiB, a.costMiB(spec), mem, a.cfg.MaxMemMiB)
+	}
+	return nil
+}
+
+// load counts sandboxes that neither ended nor are paused, and what memory they
+// may come to take, VMMs included; the caller holds mu.
 func (a *Agent) load() (live, memMiB int) {
 	for _, b := range a.boxes {
-		if e := b.now(); e.State != stateEnded {
+		if e := b.now(); e.State != stateEnded && e.State != statePaused {
 			live++
 			memMiB += a.costMiB(e.Spec)
 		}
@@ -156,19 +213,23 @@ func (a *Agent) create(ctx context.Context, b *box, p plan) error {
 		return err
 	}
 	watch.lap("journal")
-	m, g, err := a.bootInTurn(ctx, p, watch)
+	m, g, err := a.createMachine(ctx, b, &p, watch)
 	b.machine = m
 	if err != nil {
 		return err
 	}
-	if err := a.publish(ctx, b, g, watch); err != nil {
+	err = a.startUp(ctx, m, g, p, watch)
+	if err == nil {
+		err = a.publish(ctx, b, g, p.from, p.start, watch)
+	}
+	if err != nil {
 		rollback := errors.Join(g.close(), m.remove(ctx))
 		if rollback == nil {
 			b.machine = nil
 		}
 		return errors.Join(err, rollback)
 	}
-	a.wg.Go(func() { a.watch(b, m.vm) })
+	a.attend(b, m)
 	a.log.Info("sandbox runs", "sandbox", b.id, "template", p.entry.Spec.Template, "took", total(watch.phases))
 	return nil
 }
@@ -187,7 +248,7 @@ func (a *Agent) bootInTurn(ctx context.Context, p plan, watch *stopwatch) (*mach
 }
 
 // publish writes "running" down and lets callers in.
-func (a *Agent) publish(ctx context.Context, b *box, g *guest, watch *stopwatch) error {
+func (a *Agent) publish(ctx context.Context, b *box, g *guest, from *point, how sandbox.Start, watch *stopwatch) error {
 	if err := fault.Point(ctx, "host/create/publish"); err != nil {
 		return err
 	}
@@ -195,7 +256,15 @@ func (a *Agent) publish(ctx context.Context, b *box, g *guest, watch *stopwatch)
 	record := m.vm.Record()
 	watch.lap("publish")
 	ready := func(e *entry) {
-		e.State, e.Slot, e.VMM, e.Disk, e.Phases = stateRunning, m.network.Index(), &record, &m.config, watch.phases
+		e.State, e.Slot, e.VMM, e.Phases = stateRunning, m.network.Index(), &record, watch.phases
+		e.Disk, e.DiskDriver, e.Base = &m.config, a.cfg.Disks[0].Name(), m.base
+		e.Began, e.PausedAt, e.PausedBy, e.Start = from, time.Time{}, "", how
+		switch {
+		case from != nil:
+			e.Last = from
+		case m.kept != nil:
+			e.Last = m.kept
+		}
 	}
 	e := b.now()
 	ready(&e)
@@ -205,10 +274,13 @@ func (a *Agent) publish(ctx context.Context, b *box, g *guest, watch *stopwatch)
 	if ctx.Err() != nil {
 		return context.Cause(ctx) // ended meanwhile: the caller rolls back and writes the end
 	}
+	b.awakened()
+	defer func() { _ = m.unpin() }() // it never fails; what is needed is in the entry by then
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	ready(&b.entry) // not a copy: the deadline may have moved
-	b.guest, b.vm = g, m.vm
+	b.guest, b.vm, b.disk = g, m.vm, m.disk
+	b.use = activity{last: a.cfg.Now()}
 	return nil
 }
 

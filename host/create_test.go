@@ -81,24 +81,10 @@ func TestCreateKilledAt(t *testing.T) {
 		t.Run(point, func(t *testing.T) {
 			r := newRig(t)
 			r.open()
-			req, dead := r.request(), r.agent
-			reached, forever := make(chan struct{}), make(chan struct{})
-			disarm := fault.Set(point, fault.Nth(1, func(context.Context, string) error {
-				close(reached)
-				<-forever // this thread of the dead process never goes on
-				return fault.ErrInjected
-			}))
-			defer disarm()
-			done := make(chan struct{})
-			go func() {
-				defer close(done)
-				_, _ = dead.Create(context.Background(), req) // it died
-			}()
-			<-reached
-			dead.Abandon()
-			r.networks.crash()
-			r.open()
-
+			req := r.request()
+			r.killAt(point, func(dying *host.Agent) {
+				_, _ = dying.Create(context.Background(), req) // it died
+			})
 			if s := r.status(req.ID); s.ID != "" && s.State != "running" {
 				if s.State != "ended" || s.Cause != sandbox.CauseAgentCrash {
 					t.Errorf("after the restart: %s (%s)", s.State, s.Cause)
@@ -108,10 +94,6 @@ func TestCreateKilledAt(t *testing.T) {
 				}
 			}
 			r.mustCreate()
-			_ = r.agent.Close()
-			r.agent = nil
-			close(forever)
-			<-done
 		})
 	}
 }

@@ -7,6 +7,7 @@ import (
 
 	"github.com/dormouse-sandbox/dormouse/internal/fault"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/snapshot"
 )
 
 // Destroy ends a sandbox and returns when nothing of it is left. Destroying one
@@ -53,24 +54,23 @@ func (a *Agent) end(ctx context.Context, b *box, cause sandbox.Cause, detail str
 			return err
 		}
 		e.State, e.Cause, e.Detail = stateDestroying, cause, detail
-		if err := a.intend(e); err != nil {
-			return err
-		}
+		b.unnoted = !a.intend(e)
 		b.set(func(live *entry) { live.State, live.Cause, live.Detail = e.State, e.Cause, e.Detail })
+	} else if b.unnoted {
+		b.unnoted = !a.intend(e)
 	}
 	return a.finish(ctx, b)
 }
 
-// intend writes down that a sandbox is to be removed. On a full disk it goes on
-// without: removing is what gives space back. A crash in the middle is then
-// found as a VM that is gone.
-func (a *Agent) intend(e entry) error {
+// intend writes down that a sandbox is to be removed. The removal goes on when
+// that fails, whatever the reason: it is what gives resources back, and a full
+// disk its space. A crash in the middle is then found as a VM that is gone.
+func (a *Agent) intend(e entry) (noted bool) {
 	err := a.journal.write("destroy-intent", e)
-	if sandbox.Is(err, sandbox.KindNoSpace) {
-		a.log.Warn("removing a sandbox that the full disk has no room to note", "sandbox", e.ID, "err", err)
-		return nil
+	if err != nil {
+		a.log.Warn("removing a sandbox without a note in the journal", "sandbox", e.ID, "cause", e.Cause, "err", err)
 	}
-	return err
+	return err == nil
 }
 
 // finish removes what is left of a sandbox that is being destroyed; the caller
@@ -106,11 +106,21 @@ func (a *Agent) recordEnd(b *box, next state, cause sandbox.Cause, detail string
 	detail = printable(detail)
 	e.State, e.Cause, e.Detail, e.EndedAt = next, cause, detail, a.cfg.Now()
 	e.Slot, e.Disk, e.VMM, e.Token, e.Spec.Env = -1, nil, nil, "", nil
-	err := a.journal.write("destroy-done", e)
+	var unkept error
+	if next == stateEnded {
+		if unkept = a.rescue(e); unkept == nil {
+			e.Last = nil
+		} else {
+			next, e.State = stateDestroying, stateDestroying
+		}
+	}
+	e.Base, e.Began, e.Env = snapshot.Digest{}, nil, nil
+	err := errors.Join(unkept, a.journal.write("destroy-done", e))
 	if err != nil && next == stateEnded {
 		e.State = stateDestroying
 	}
 	b.set(func(live *entry) { *live = e })
+	a.collectSoon()
 	b.die(errEnding(b.id, cause, detail))
 	if err != nil {
 		a.log.Error("end not recorded yet", "sandbox", b.id, "err", err)
@@ -123,7 +133,10 @@ func (a *Agent) recordEnd(b *box, next state, cause sandbox.Cause, detail string
 // be found is left to the sweeps.
 func (a *Agent) remains(ctx context.Context, b *box) (*machine, error) {
 	e := b.now()
-	m := &machine{a: a, id: e.ID, network: b.network}
+	m := &machine{
+		a: a, id: e.ID, network: b.network, group: a.cfg.Groups.Find(string(e.ID)),
+		disk: leftDisk{a.cfg.Disks, a.stateDir(e.ID)},
+	}
 	if e.VMM != nil {
 		vm, err := a.cfg.VMM.Adopt(ctx, *e.VMM)
 		if err == nil {
@@ -136,17 +149,23 @@ func (a *Agent) remains(ctx context.Context, b *box) (*machine, error) {
 			}
 		}
 	}
-	if e.Slot >= 0 && m.network == nil {
+	if e.Slot >= 0 && m.network == nil && !a.slotIsAnothers(b, e.Slot) {
 		if network, err := a.cfg.Networks.Adopt(ctx, e.Slot); err == nil {
 			m.network = network
 		}
 	}
-	if e.Disk != nil {
-		if d, err := a.cfg.Disks.Restore(ctx, *e.Disk); err == nil {
-			m.disk = d
+	return m, nil
+}
+
+// slotIsAnothers says that another sandbox names a network slot: it was given
+// away again after this one's end had taken it down and could not be recorded.
+func (a *Agent) slotIsAnothers(b *box, slot int) bool {
+	for _, other := range a.all() {
+		if e := other.now(); other != b && e.State != stateEnded && e.Slot == slot {
+			return true
 		}
 	}
-	return m, nil
+	return false
 }
 
 // Acknowledge lets the host forget ended sandboxes.
@@ -188,18 +207,19 @@ func (a *Agent) forget(b *box) error {
 func (b *box) shut() {
 	b.mu.Lock()
 	g := b.guest
-	b.guest, b.vm = nil, nil
+	b.guest, b.vm, b.disk, b.frozen = nil, nil, nil, ""
 	b.mu.Unlock()
 	if g != nil {
 		_ = g.close() // only idle connections: nothing can be lost
 	}
 }
 
-// DestroyAll ends every sandbox of this host and says how many it ended.
+// DestroyAll ends every sandbox of this host and says how many it ended. Paused
+// ones are data, and outlive a server that is taken down.
 func (a *Agent) DestroyAll(ctx context.Context, cause sandbox.Cause) (ended int, _ error) {
 	var errs []error
 	for _, b := range a.all() {
-		if b.now().State == stateEnded {
+		if s := b.now().State; s == stateEnded || s == statePaused && cause == sandbox.CauseShutdown {
 			continue
 		}
 		if err := a.end(ctx, b, cause, ""); err != nil {

@@ -3,12 +3,14 @@ package host
 import (
 	"context"
 	"io"
+	"net/http"
 	"strconv"
 	"strings"
 	"time"
 
 	"connectrpc.com/connect"
 
+	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
 	"github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/process"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
@@ -26,6 +28,10 @@ const keepAlive = 15 * time.Second
 // silenceKept is after how long a stream that stays silent has lost its guest;
 // tests shorten it.
 var silenceKept = 2 * time.Minute
+
+// startGrace is how long a command may take to say its PID whose caller has gone
+// away.
+const startGrace = 2 * time.Second
 
 // killLimit bounds the killing of a command whose caller went away or whose time
 // is up.
@@ -48,6 +54,11 @@ type Command struct {
 	Cwd     string        // empty: the default
 	User    string        // empty: the default
 	Timeout time.Duration // 0: none
+
+	// Terminal gives it a terminal of that size; nil gives it pipes.
+	Terminal *Terminal
+
+	record string // the name under which the guest keeps its output; empty: it does not
 }
 
 func (c Command) check() error {
@@ -76,6 +87,11 @@ func (c Command) check() error {
 			return err
 		}
 	}
+	if c.Terminal != nil {
+		if err := c.Terminal.check(); err != nil {
+			return err
+		}
+	}
 	return sandbox.CheckEnv(c.Env)
 }
 
@@ -92,37 +108,80 @@ type Process struct {
 	g        *guest
 	user     string
 	pid      uint32
+	tty      bool
+	keep     bool // it outlives us
 	ctx      context.Context
 	cancel   context.CancelFunc
-	stream   *connect.ServerStreamForClient[process.StartResponse]
+	done     func() // it counts no more
+	stream   events
 	watchdog *time.Timer
 	deadline *time.Timer
 	timedOut chan struct{} // closed when the deadline killed it
 }
+
+// events is what happens to a command, as the agent tells it.
+type events interface {
+	Receive() bool
+	event() *process.ProcessEvent
+	Err() error
+	Close() error
+}
+
+// told are the events in the answers of one kind of call.
+type told[M any] struct {
+	*connect.ServerStreamForClient[M]
+	of func(*M) *process.ProcessEvent
+}
+
+func (t told[M]) event() *process.ProcessEvent { return t.of(t.Msg()) }
 
 // Start starts a command; the caller must call Finish.
 func (a *Agent) Start(ctx context.Context, id string, c Command, stdin bool) (*Process, error) {
 	if err := c.check(); err != nil {
 		return nil, err
 	}
+	return a.follow(ctx, id, c.User, func(ctx context.Context, r *Process) error { return r.start(ctx, c, stdin) })
+}
+
+// follow follows the command that open starts or finds.
+func (a *Agent) follow(ctx context.Context, id, user string, open func(caller context.Context, r *Process) error) (*Process, error) {
 	b, err := a.box(id)
 	if err != nil {
 		return nil, err
 	}
-	g, ctx, cancel, err := b.agent(ctx)
+	g, ctx, cancel, err := a.guestOf(ctx, b)
 	if err != nil {
 		return nil, err
 	}
-	r := &Process{g: g, user: c.User, ctx: ctx, cancel: cancel, timedOut: make(chan struct{})}
-	if err := r.open(c, stdin); err != nil {
+	done, err := a.commands.begin()
+	if err != nil {
 		cancel()
 		return nil, err
 	}
+	return launch(ctx, b.alive, &Process{g: g, user: user, cancel: cancel, done: done}, open)
+}
+
+// launch starts or finds a command for a caller who may go away, in a sandbox that
+// may end: it hangs up on that at once. What r was made with ends with it, also on
+// an error.
+func launch(ctx, life context.Context, r *Process, open func(caller context.Context, r *Process) error) (*Process, error) {
+	r.timedOut = make(chan struct{})
+	var hangUp context.CancelCauseFunc
+	r.ctx, hangUp = context.WithCancelCause(context.WithoutCancel(ctx))
+	release := r.cancel
+	r.cancel = func() { release(); hangUp(nil) }
+	defer context.AfterFunc(life, func() { hangUp(context.Cause(life)) })()
+	if err := open(ctx, r); err != nil {
+		r.cancel()
+		r.done()
+		return nil, err
+	}
+	context.AfterFunc(ctx, func() { hangUp(context.Cause(ctx)) })
 	return r, nil
 }
 
-// open sends the start request and waits for the first event.
-func (r *Process) open(c Command, stdin bool) error {
+// start sends the start request and waits for the first event.
+func (r *Process) start(caller context.Context, c Command, stdin bool) error {
 	req := connect.NewRequest(&process.StartRequest{
 		Process: &process.ProcessConfig{Cmd: c.Cmd, Args: c.Args, Envs: c.Env},
 		Stdin:   &stdin,
@@ -130,16 +189,44 @@ func (r *Process) open(c Command, stdin bool) error {
 	if c.Cwd != "" {
 		req.Msg.Process.Cwd = &c.Cwd
 	}
-	r.g.sign(req.Header(), c.User)
-	req.Header().Set("Keepalive-Ping-Interval", strconv.Itoa(int(keepAlive/time.Second)))
-	ctx, watchdog := watchSilence(r.ctx)
-	r.ctx, r.watchdog = ctx, watchdog
-	if c.Timeout > 0 {
-		watchdog.Reset(min(silenceKept, c.Timeout+killLimit)) // its caller counts on an answer by then
+	if c.record != "" {
+		req.Header().Set(guestapi.HeaderRecord, c.record)
 	}
-	stream, err := r.g.processes.Start(ctx, req)
+	if c.Terminal != nil {
+		r.tty, req.Msg.Pty = true, c.Terminal.wire()
+	}
+	patience := silenceKept
+	if c.Timeout > 0 {
+		patience = min(silenceKept, c.Timeout+killLimit) // its caller counts on an answer by then
+	}
+	err := r.open(caller, req.Header(), patience, func() (events, error) {
+		stream, err := r.g.processes.Start(r.ctx, req)
+		return told[process.StartResponse]{stream, (*process.StartResponse).GetEvent}, err
+	})
+	if err == nil && c.Timeout > 0 {
+		r.deadline = time.AfterFunc(c.Timeout, func() {
+			close(r.timedOut)
+			r.timeUp(r.ctx)
+		})
+	}
+	return err
+}
+
+// open makes a call and waits for its first event. A caller that goes away
+// meanwhile is no reason to hang up at once: the agent may have started the
+// command, and it takes the PID to kill it.
+func (r *Process) open(caller context.Context, header http.Header, patience time.Duration, call func() (events, error)) error {
+	if caller.Err() != nil {
+		return context.Cause(caller)
+	}
+	r.g.sign(header, r.user)
+	header.Set(guestapi.HeaderKeepalive, strconv.Itoa(int(keepAlive/time.Second)))
+	r.ctx, r.watchdog = watchSilence(r.ctx)
+	r.watchdog.Reset(patience)
+	defer context.AfterFunc(caller, func() { r.watchdog.Reset(startGrace) })()
+	stream, err := call()
 	if err != nil {
-		return rpcError(ctx, err)
+		return r.notStarted(caller, err)
 	}
 	r.stream = stream
 	if !stream.Receive() {
@@ -148,17 +235,19 @@ func (r *Process) open(c Command, stdin bool) error {
 			err = io.ErrUnexpectedEOF
 		}
 		_ = stream.Close() // the error is the news
-		return rpcError(ctx, err)
+		return r.notStarted(caller, err)
 	}
-	watchdog.Reset(silenceKept)
-	r.pid = stream.Msg().GetEvent().GetStart().GetPid()
-	if c.Timeout > 0 {
-		r.deadline = time.AfterFunc(c.Timeout, func() {
-			close(r.timedOut)
-			r.timeUp(ctx)
-		})
-	}
+	r.watchdog.Reset(silenceKept)
+	r.pid = stream.event().GetStart().GetPid()
 	return nil
+}
+
+func (r *Process) notStarted(caller context.Context, err error) error {
+	r.watchdog.Stop()
+	if cause := context.Cause(caller); cause != nil {
+		return cause
+	}
+	return rpcError(r.ctx, err)
 }
 
 // timeUp kills the command. A guest that does not even take the signal is not
@@ -172,8 +261,8 @@ func (r *Process) timeUp(ctx context.Context) {
 	}
 }
 
-// Output hands every piece of output to fn until the command ends. It waits for
-// fn: that is how a slow reader slows the command. Once its time is up, signs of
+// Output hands every piece of output to fn until the command ends; what a terminal
+// shows is stdout. It waits for fn: that is how a slow reader slows the command. Once its time is up, signs of
 // life do not count any more: an agent that is a guest's own could send them for
 // ever, and its caller was promised an end.
 func (r *Process) Output(fn func(stdout, stderr []byte) error) (ExecEnd, error) {
@@ -183,13 +272,17 @@ func (r *Process) Output(fn func(stdout, stderr []byte) error) (ExecEnd, error) 
 			r.watchdog.Reset(silenceKept)
 		}
 		late = r.isTimeUp()
-		event := r.stream.Msg().GetEvent()
+		event := r.stream.event()
 		if end := event.GetEnd(); end != nil {
 			return r.endOf(end), nil
 		}
 		if data := event.GetData(); data != nil {
 			r.watchdog.Stop() // a slow reader is not a silent guest
-			if err := fn(data.GetStdout(), data.GetStderr()); err != nil {
+			out := data.GetStdout()
+			if r.tty {
+				out = data.GetPty()
+			}
+			if err := fn(out, data.GetStderr()); err != nil {
 				return ExecEnd{}, err
 			}
 			r.watchdog.Reset(silenceKept)
@@ -221,10 +314,11 @@ func (r *Process) isTimeUp() bool {
 
 // Input sends bytes to the command and waits until the agent has written them.
 func (r *Process) Input(data []byte) error {
-	req := connect.NewRequest(&process.SendInputRequest{
-		Process: r.selector(),
-		Input:   &process.ProcessInput{Input: &process.ProcessInput_Stdin{Stdin: data}},
-	})
+	input := &process.ProcessInput{Input: &process.ProcessInput_Stdin{Stdin: data}}
+	if r.tty {
+		input.Input = &process.ProcessInput_Pty{Pty: data}
+	}
+	req := connect.NewRequest(&process.SendInputRequest{Process: selector(r.pid), Input: input})
 	r.g.sign(req.Header(), r.user)
 	_, err := r.g.processes.SendInput(r.ctx, req)
 	return rpcError(r.ctx, err)
@@ -232,7 +326,7 @@ func (r *Process) Input(data []byte) error {
 
 // CloseInput ends the command's input.
 func (r *Process) CloseInput() error {
-	req := connect.NewRequest(&process.CloseStdinRequest{Process: r.selector()})
+	req := connect.NewRequest(&process.CloseStdinRequest{Process: selector(r.pid)})
 	r.g.sign(req.Header(), r.user)
 	_, err := r.g.processes.CloseStdin(r.ctx, req)
 	return rpcError(r.ctx, err)
@@ -243,38 +337,71 @@ func (r *Process) PID() uint32 { return r.pid }
 
 // Kill sends SIGTERM (15) or SIGKILL (9).
 func (r *Process) Kill(signal int32) error {
-	switch s := process.Signal(signal); s {
-	case process.Signal_SIGNAL_SIGKILL, process.Signal_SIGNAL_SIGTERM:
-		return r.signal(r.ctx, s)
+	sig, err := signalOf(signal)
+	if err != nil {
+		return err
 	}
-	return sandbox.Errorf(sandbox.KindInvalid, "signal %d: only 9 and 15 can be sent", signal)
+	return r.signal(r.ctx, sig)
+}
+
+// Signal is Kill for a command that somebody else may follow.
+func (a *Agent) Signal(ctx context.Context, id string, pid uint32, signal int32) error {
+	sig, err := signalOf(signal)
+	if err != nil {
+		return err
+	}
+	b, err := a.box(id)
+	if err != nil {
+		return err
+	}
+	g, ctx, cancel, err := a.guestOf(ctx, b)
+	if err != nil {
+		return err
+	}
+	defer cancel()
+	ctx, stop := context.WithTimeout(ctx, killLimit)
+	defer stop()
+	return g.signal(ctx, pid, sig)
+}
+
+func signalOf(number int32) (process.Signal, error) {
+	switch s := process.Signal(number); s {
+	case process.Signal_SIGNAL_SIGKILL, process.Signal_SIGNAL_SIGTERM:
+		return s, nil
+	}
+	return 0, sandbox.Errorf(sandbox.KindInvalid, "signal %d: only 9 and 15 can be sent", number)
 }
 
 func (r *Process) signal(ctx context.Context, sig process.Signal) error {
-	req := connect.NewRequest(&process.SendSignalRequest{Process: r.selector(), Signal: sig})
-	r.g.sign(req.Header(), r.user)
-	_, err := r.g.processes.SendSignal(ctx, req)
+	return r.g.signal(ctx, r.pid, sig)
+}
+
+func (g *guest) signal(ctx context.Context, pid uint32, sig process.Signal) error {
+	req := connect.NewRequest(&process.SendSignalRequest{Process: selector(pid), Signal: sig})
+	g.sign(req.Header(), "")
+	_, err := g.processes.SendSignal(ctx, req)
 	return rpcError(ctx, err)
 }
 
-func (r *Process) selector() *process.ProcessSelector {
-	return &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: r.pid}}
+func selector(pid uint32) *process.ProcessSelector {
+	return &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: pid}}
 }
 
-// Finish lets go of the command. One that has not ended is killed: whoever
-// started it is gone.
+// Finish lets go of the command. One that has not ended is killed, unless it is
+// kept: whoever started it is gone.
 func (r *Process) Finish(ended bool) {
 	r.watchdog.Stop()
 	if r.deadline != nil {
 		r.deadline.Stop()
 	}
-	if !ended && r.pid != 0 {
+	if !ended && !r.keep && r.pid != 0 {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.ctx), killLimit)
 		_ = r.signal(ctx, process.Signal_SIGNAL_SIGKILL) // the guest may be gone with it
 		cancel()
 	}
 	r.cancel()
 	_ = r.stream.Close() // cancelled: what it says is no news
+	r.done()
 }
 
 // ExecResult is what a command left that ran to its end.

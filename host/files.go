@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -61,7 +62,7 @@ func call[Req, Res any](
 	if err != nil {
 		return nil, err
 	}
-	g, ctx, cancel, err := b.agent(ctx)
+	g, ctx, cancel, err := a.guestOf(ctx, b)
 	if err != nil {
 		return nil, err
 	}
@@ -169,7 +170,8 @@ func (a *Agent) ReadFile(ctx context.Context, f FileRef, begin func(size int64) 
 }
 
 // WriteFile replaces a file with what it reads, whole: when the source fails,
-// the old file stays.
+// the old file stays. A Read of the source may still be under way when it
+// returns: an agent may answer early.
 func (a *Agent) WriteFile(ctx context.Context, f FileRef, source io.Reader) (path string, size int64, err error) {
 	g, ctx, cancel, err := a.fileAgent(ctx, f)
 	if err != nil {
@@ -178,12 +180,16 @@ func (a *Agent) WriteFile(ctx context.Context, f FileRef, source io.Reader) (pat
 	defer cancel()
 	ctx, watch := watchSilence(ctx)
 	defer watch.Stop()
-	counted := &countingReader{r: source, watch: watch}
-	res, err := g.do(ctx, http.MethodPost, filesURL(f.Path, f.User), counted, http.Header{"Content-Type": {"application/octet-stream"}})
+	upload := &upload{source: source, watch: watch}
+	defer upload.stop()
+	res, err := g.send(ctx, http.MethodPost, filesURL(f.Path, f.User), upload, http.Header{"Content-Type": {"application/octet-stream"}})
 	if err != nil {
-		if counted.err != nil {
-			return "", 0, counted.err
+		if _, failed := upload.soFar(); failed != nil {
+			return "", 0, failed
 		}
+		return "", 0, err
+	}
+	if err := refusal(res); err != nil {
 		return "", 0, err
 	}
 	defer func() { _ = res.Body.Close() }() // read below
@@ -191,7 +197,8 @@ func (a *Agent) WriteFile(ctx context.Context, f FileRef, source io.Reader) (pat
 	if err := json.NewDecoder(io.LimitReader(res.Body, 1<<20)).Decode(&written); err != nil || len(written) != 1 {
 		return "", 0, sandbox.Errorf(sandbox.KindInternal, "the guest agent's answer to a write is not understood: %v", err)
 	}
-	return written[0].Path, counted.n, nil
+	size, _ = upload.soFar()
+	return written[0].Path, size, nil
 }
 
 func (a *Agent) fileAgent(ctx context.Context, f FileRef) (*guest, context.Context, context.CancelFunc, error) {
@@ -202,25 +209,52 @@ func (a *Agent) fileAgent(ctx context.Context, f FileRef) (*guest, context.Conte
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	return b.agent(ctx)
+	return a.guestOf(ctx, b)
 }
 
-// countingReader counts what passes and remembers the source's own error. The
-// guest's silence counts only while it is the guest's turn.
-type countingReader struct {
-	r     io.Reader
-	n     int64
-	err   error
-	watch *time.Timer
+// upload is the body of a write: it counts what passes and remembers the source's
+// own error. The guest's silence counts only while it is the guest's turn. net/http
+// reads on, in a goroutine of its own, after an agent that answers early.
+type upload struct {
+	source io.Reader
+	watch  *time.Timer
+
+	mu      sync.Mutex // guards what follows
+	n       int64
+	err     error // the source's
+	stopped bool
 }
 
-func (c *countingReader) Read(p []byte) (int, error) {
-	c.watch.Stop()
-	defer c.watch.Reset(silenceKept)
-	n, err := c.r.Read(p)
-	c.n += int64(n)
+func (u *upload) Read(p []byte) (int, error) {
+	u.mu.Lock()
+	stopped := u.stopped
+	u.mu.Unlock()
+	if stopped {
+		return 0, io.ErrClosedPipe
+	}
+	u.watch.Stop()
+	n, err := u.source.Read(p)
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.stopped {
+		return 0, io.ErrClosedPipe
+	}
+	u.watch.Reset(silenceKept)
+	u.n += int64(n)
 	if err != nil && err != io.EOF {
-		c.err = err
+		u.err = err
 	}
 	return n, err
+}
+
+func (u *upload) soFar() (n int64, err error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.n, u.err
+}
+
+func (u *upload) stop() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.stopped = true
 }

@@ -1,7 +1,6 @@
 package host
 
 import (
-	"bytes"
 	"context"
 	"crypto/ed25519"
 	"encoding/base64"
@@ -13,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -33,6 +33,8 @@ type guest struct {
 	transport *http.Transport
 	processes processconnect.ProcessClient
 	files     filesystemconnect.FilesystemClient
+	network   Network
+	portDials chan struct{} // a token each for ports that are dialled at the same time
 	// patience is how long a connection attempt may take. It is short while the
 	// guest boots: a packet sent before its network is up is lost, and TCP
 	// would repeat it only after a second.
@@ -44,9 +46,8 @@ type guest struct {
 const maxGuestMessage = 16 << 20
 
 // dialLimit bounds one connection attempt to a guest that has answered before,
-// and dialsAtOnce how many there are to one guest: each keeps a thread in its
-// network namespace, a guest that answers no SYN keeps all of them for as long
-// as it can, and the Go runtime ends a process with 10,000 threads.
+// and dialsAtOnce how many there are to one guest: each has a descriptor, and a
+// guest that answers no SYN keeps all of them for as long as it can.
 const (
 	dialLimit   = 10 * time.Second
 	dialsAtOnce = 8
@@ -54,7 +55,7 @@ const (
 
 func (a *Agent) newGuest(network Network, token string) *guest {
 	address := net.JoinHostPort(network.Guest().Addr().String(), strconv.Itoa(guestapi.Port))
-	g := &guest{base: "http://" + address, token: token}
+	g := &guest{base: "http://" + address, token: token, network: network, portDials: make(chan struct{}, portDialsOnce)}
 	g.patience.Store(int64(dialLimit))
 	dials := make(chan struct{}, dialsAtOnce)
 	g.transport = &http.Transport{
@@ -67,7 +68,11 @@ func (a *Agent) newGuest(network Network, token string) *guest {
 			case <-ctx.Done():
 				return nil, ctx.Err()
 			}
-			return network.Dial(ctx, "tcp", address)
+			conn, err := network.Dial(ctx, address)
+			if err != nil {
+				return nil, err
+			}
+			return &heardConn{Conn: conn, heard: make(chan struct{})}, nil
 		},
 		MaxIdleConnsPerHost:    16,
 		IdleConnTimeout:        15 * time.Second,
@@ -82,6 +87,39 @@ func (a *Agent) newGuest(network Network, token string) *guest {
 	g.processes = processconnect.NewProcessClient(g.http, g.base, options)
 	g.files = filesystemconnect.NewFilesystemClient(g.http, g.base, options, connect.WithCodec(fileCodec{}))
 	return g
+}
+
+// answerGrace is how long an answer is waited for once a request cannot be sent
+// to its end.
+const answerGrace = time.Second
+
+// heardConn lets an agent answer before it has read the whole request, as one
+// does whose disk is full. It then hangs up, and the next write fails: net/http
+// reports that failure, unless it has seen the answer before. So a write fails
+// only when there is nothing more to hear.
+type heardConn struct {
+	net.Conn
+	once  sync.Once
+	heard chan struct{} // closed when a read has failed
+}
+
+func (c *heardConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if err != nil {
+		c.once.Do(func() { close(c.heard) })
+	}
+	return n, err
+}
+
+func (c *heardConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	if err != nil {
+		select {
+		case <-c.heard:
+		case <-time.After(answerGrace):
+		}
+	}
+	return n, err
 }
 
 func (g *guest) close() error {
@@ -116,18 +154,20 @@ func (g *guest) ping(ctx context.Context) error {
 	return res.Body.Close()
 }
 
-// init tells the agent who it is, signed: only the host may.
-func (g *guest) init(ctx context.Context, key ed25519.PrivateKey, now time.Time, body guestapi.Init) error {
+// init tells the agent who it is, signed: only the host may. before is who it was
+// until then.
+func (g *guest) init(ctx context.Context, key ed25519.PrivateKey, before sandbox.ID, now time.Time, body guestapi.Init) error {
 	body.Timestamp = now.UTC().Format(time.RFC3339Nano)
-	data, err := json.Marshal(body)
-	if err != nil {
-		return err
-	}
+	return g.control(ctx, key, before, now, guestapi.PathInit, dialLimit, body, nil)
+}
+
+// powerOff has the agent end its machine, with all that it has written on the
+// disk. It is the beginning only: the end is the VM's.
+func (g *guest) powerOff(ctx context.Context, key ed25519.PrivateKey, id sandbox.ID, now time.Time) error {
 	ctx, cancel := context.WithTimeout(ctx, dialLimit)
 	defer cancel()
-	res, err := g.do(ctx, http.MethodPost, "/init", bytes.NewReader(data), http.Header{
-		"Content-Type":           {"application/json"},
-		guestapi.HeaderSignature: {guestapi.Sign(key, http.MethodPost, "/init", now, data)},
+	res, err := g.do(ctx, http.MethodPost, "/poweroff", nil, http.Header{
+		guestapi.HeaderSignature: {guestapi.Sign(key, string(id), http.MethodPost, "/poweroff", now, nil)},
 	})
 	if err != nil {
 		return err
@@ -137,6 +177,18 @@ func (g *guest) init(ctx context.Context, key ed25519.PrivateKey, now time.Time,
 
 // do sends one plain HTTP request and turns what is not a success into an error.
 func (g *guest) do(ctx context.Context, method, path string, body io.Reader, header http.Header) (*http.Response, error) {
+	res, err := g.send(ctx, method, path, body, header)
+	if err != nil {
+		return nil, err
+	}
+	if err := refusal(res); err != nil {
+		return nil, err
+	}
+	return res, nil
+}
+
+// send returns whatever the agent answers.
+func (g *guest) send(ctx context.Context, method, path string, body io.Reader, header http.Header) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, method, g.base+path, body)
 	if err != nil {
 		return nil, err
@@ -149,11 +201,16 @@ func (g *guest) do(ctx context.Context, method, path string, body io.Reader, hea
 	if err != nil {
 		return nil, unanswered(ctx, err)
 	}
-	if res.StatusCode/100 != 2 {
-		defer func() { _ = res.Body.Close() }() // it was read as far as it matters
-		return nil, errorFrom(res)
-	}
 	return res, nil
+}
+
+// refusal makes an error of an answer that is not a success, and closes it.
+func refusal(res *http.Response) error {
+	if res.StatusCode/100 == 2 {
+		return nil
+	}
+	defer func() { _ = res.Body.Close() }() // it was read as far as it matters
+	return errorFrom(res)
 }
 
 // errorFrom reads the agent's error answer.
@@ -179,6 +236,8 @@ func kindOfStatus(status int) sandbox.Kind {
 		return sandbox.KindInvalid
 	case http.StatusInsufficientStorage:
 		return sandbox.KindNoSpace
+	case http.StatusGatewayTimeout:
+		return sandbox.KindTimeout
 	case http.StatusNotImplemented:
 		return sandbox.KindUnsupported
 	}

@@ -13,12 +13,14 @@ import (
 	"path/filepath"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dormouse-sandbox/dormouse/disk"
 	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 	"github.com/dormouse-sandbox/dormouse/internal/osfs"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/snapshot"
 	"github.com/dormouse-sandbox/dormouse/template"
 	"github.com/dormouse-sandbox/dormouse/vmm"
 )
@@ -31,7 +33,7 @@ type Network interface {
 	MAC() string
 	Guest() netip.Prefix
 	Gateway() netip.Addr
-	Dial(ctx context.Context, network, address string) (net.Conn, error)
+	Dial(ctx context.Context, address string) (net.Conn, error)
 	// SetInternet opens or closes the way to public addresses.
 	SetInternet(ctx context.Context, allowed bool) error
 	// Close removes everything of it; calling it again finishes what was left.
@@ -50,6 +52,7 @@ type Networks interface {
 type Templates interface {
 	Get(name string) (template.Template, error)
 	List() ([]template.Template, error)
+	Log(name string) ([]byte, error) // what its build has told
 }
 
 // Config is what an agent works with. Everything without a "default" is needed.
@@ -59,12 +62,27 @@ type Config struct {
 	Instance string // unique on this machine, [a-z0-9]{5}
 	Version  string
 
-	VMM       vmm.Driver
-	Disks     disk.Driver
+	VMM vmm.Driver
+	// Disks make the sandboxes' disks: the first one new ones, and each those
+	// that it has made before.
+	Disks     []disk.Driver
 	Networks  Networks
+	Groups    Groups    // default: no control groups
 	Templates Templates // for creates; not to end sandboxes
+	Kitchen   Kitchen   // makes templates; default: none are made
 	Kernel    string    // guest kernel image
 	Initrd    string    // initramfs with the guest agent
+
+	// Snapshots keeps what paused sandboxes go on from, and Images gives VMs files
+	// of it. Default: nothing can be paused.
+	Snapshots *snapshot.Store
+	Images    Images
+
+	// Warm makes creates go on from what the first one of an image and a shape has
+	// booted, instead of booting each.
+	Warm      bool
+	MaxLayers int // of a point before it is flattened; default 32
+	MaxWarm   int // warm snapshots; default 16
 
 	// UIDBase is the first of the user IDs that VMM processes run as, one per
 	// network slot; 0 leaves them as the agent's own (tests without root).
@@ -73,10 +91,20 @@ type Config struct {
 	MaxSandboxes int           // default 1000
 	MaxMemMiB    int           // of all sandboxes together; default what the machine has, less 512 MiB
 	MinFreeMiB   int           // free disk below which creates are refused; default 1024
+	ReserveMiB   int           // free disk below which VMs that write are frozen, and below half of it all; default 256
 	MaxBoots     int           // VMs booting at the same time; default the number of CPUs
 	BootTimeout  time.Duration // from the VMM's start to the guest's first answer; default 60 s
+	ReadyTimeout time.Duration // for a start command's health check to succeed; default 5 min
 	RetryEvery   time.Duration // for what could not be removed or adopted; default 5 s
 	BootID       string        // default: what the kernel says
+
+	// FreeBytes is the free space of a folder's file system; default: what the
+	// kernel says.
+	FreeBytes func(dir string) (int64, error)
+
+	// DiskReason and GroupsReason say why it is this driver, and why there are
+	// no control groups. They are for people.
+	DiskReason, GroupsReason string
 
 	Log *slog.Logger     // default: none
 	Now func() time.Time // default time.Now
@@ -90,6 +118,15 @@ type Agent struct {
 	key     ed25519.PrivateKey // signs what only the host may ask of a guest
 	lock    *os.File
 	boots   chan struct{} // a token each for VMs that boot at the same time
+	builds  chan struct{} // a token each for templates that are being built
+
+	commands commands
+
+	grown atomic.Bool // a line of points in the snapshot store may have become too long
+	// unflattened says that one could not be flattened.
+	unflattened atomic.Bool
+	garbage     atomic.Bool // something may have become needless in the snapshot store
+	naming      sync.Mutex  // one snapshot is given its name at a time
 
 	sweeping sync.Mutex // one sweep at a time; taken before mu
 
@@ -102,6 +139,7 @@ type Agent struct {
 	boxes   map[sandbox.ID]*box
 	closed  bool
 	unswept bool // the sweep is due: it failed, or a stranded sandbox holds it back
+	damage  map[string]bool
 }
 
 // Open takes over what an earlier agent left: running VMs are adopted, what was
@@ -131,7 +169,7 @@ func Open(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	}
 	a := &Agent{
 		cfg: cfg, log: cfg.Log, journal: journal{dir: filepath.Join(cfg.Dir, "journal")}, key: key,
-		lock: lock, boots: make(chan struct{}, cfg.MaxBoots), boxes: map[sandbox.ID]*box{},
+		lock: lock, boots: make(chan struct{}, cfg.MaxBoots), builds: make(chan struct{}, buildsAtOnce), boxes: map[sandbox.ID]*box{}, damage: map[string]bool{},
 	}
 	a.ctx, a.stop = context.WithCancel(context.Background())
 	if err := a.recover(ctx); err != nil {
@@ -139,6 +177,11 @@ func Open(ctx context.Context, cfg Config) (_ *Agent, err error) {
 		a.wg.Wait()
 		return nil, fmt.Errorf("recover: %w", err)
 	}
+	if err := a.sweepWarm(); err != nil {
+		a.log.Error("warm snapshots not swept", "err", err)
+	}
+	a.collectSoon() // what a crash left
+	a.grown.Store(true)
 	a.keepHouse()
 	return a, nil
 }
@@ -173,14 +216,32 @@ func (c Config) withDefaults() Config {
 	if c.MinFreeMiB == 0 {
 		c.MinFreeMiB = 1024
 	}
+	if c.ReserveMiB == 0 {
+		c.ReserveMiB = defaultReserve
+	}
+	if c.FreeBytes == nil {
+		c.FreeBytes = freeBytes
+	}
 	if c.MaxBoots == 0 {
 		c.MaxBoots = runtime.NumCPU()
 	}
 	if c.BootTimeout == 0 {
 		c.BootTimeout = 60 * time.Second
 	}
+	if c.ReadyTimeout == 0 {
+		c.ReadyTimeout = 5 * time.Minute
+	}
 	if c.RetryEvery == 0 {
 		c.RetryEvery = 5 * time.Second
+	}
+	if c.MaxLayers == 0 {
+		c.MaxLayers = 32
+	}
+	if c.MaxWarm == 0 {
+		c.MaxWarm = 16
+	}
+	if c.Groups == nil {
+		c.Groups = noGroups{}
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -192,7 +253,8 @@ func (c Config) withDefaults() Config {
 }
 
 // Close stops the agent and leaves every VM running for the next one. Calls
-// under way end with an error.
+// under way end with an error, and commands that somebody follows are killed, as
+// if he had gone.
 func (a *Agent) Close() error {
 	a.mu.Lock()
 	if a.closed {
@@ -203,7 +265,11 @@ func (a *Agent) Close() error {
 	boxes := a.snapshot()
 	a.mu.Unlock()
 
+	a.commands.close()
 	a.stop()
+	if !a.commands.wait(stopLimit) {
+		a.log.Warn("commands in guests may outlive their calls: they were not killed in time", "limit", stopLimit)
+	}
 	var errs []error
 	for _, b := range boxes {
 		b.op.Lock() // a create or destroy under way ends first

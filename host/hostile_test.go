@@ -119,9 +119,9 @@ func (d *deaf) Acquire(ctx context.Context) (host.Network, error) {
 	return deafNetwork{n, d}, err
 }
 
-func (n deafNetwork) Dial(ctx context.Context, network, address string) (net.Conn, error) {
+func (n deafNetwork) Dial(ctx context.Context, address string) (net.Conn, error) {
 	if !n.all.silent.Load() {
-		return n.Network.Dial(ctx, network, address)
+		return n.Network.Dial(ctx, address)
 	}
 	at := n.all.now.Add(1)
 	defer n.all.now.Add(-1)
@@ -131,8 +131,8 @@ func (n deafNetwork) Dial(ctx context.Context, network, address string) (net.Con
 	return nil, ctx.Err()
 }
 
-// TestGuestThatAnswersNoSYN: each attempt to connect keeps a thread of the host,
-// so there are only so many to one guest.
+// TestGuestThatAnswersNoSYN: each attempt to connect keeps a descriptor of the
+// host, so there are only so many to one guest.
 func TestGuestThatAnswersNoSYN(t *testing.T) {
 	r := newRig(t)
 	d := &deaf{networks: r.networks}
@@ -166,9 +166,15 @@ func (immortal) Start(ctx context.Context, _ *connect.Request[process.StartReque
 	started := &process.ProcessEvent{Event: &process.ProcessEvent_Start{Start: &process.ProcessEvent_StartEvent{Pid: 7}}}
 	alive := &process.ProcessEvent{Event: &process.ProcessEvent_Keepalive{Keepalive: &process.ProcessEvent_KeepAlive{}}}
 	err := stream.Send(&process.StartResponse{Event: started})
-	for err == nil && ctx.Err() == nil {
-		time.Sleep(20 * time.Millisecond)
-		err = stream.Send(&process.StartResponse{Event: alive})
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for err == nil {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+			err = stream.Send(&process.StartResponse{Event: alive})
+		}
 	}
 	return err
 }

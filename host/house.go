@@ -19,13 +19,14 @@ const (
 	consoleSweepIn = time.Minute
 )
 
-// keepHouse fires deadlines, and goes on with what failed before. Each job has a
+// keepHouse fires deadlines, goes on with what failed before, and watches the
+// disks. Each job has a
 // goroutine of its own: a removal that hangs makes no deadline late.
 func (a *Agent) keepHouse() {
 	for _, job := range []struct {
 		every time.Duration
 		do    func(now time.Time)
-	}{{houseTick, a.fireDeadlines}, {a.cfg.RetryEvery, a.retry}, {consoleSweepIn, a.sweepConsoles}} {
+	}{{houseTick, a.fireDeadlines}, {a.cfg.RetryEvery, a.retry}, {consoleSweepIn, a.sweepConsoles}, {spaceTick, a.watchSpace}, {damageTick, a.checkDisks}, {collectTick, a.collect}, {idleTick, a.pauseIdle}, {flattenTick, a.flattenLong}} {
 		a.wg.Go(func() { a.repeat(job.every, job.do) })
 	}
 }
@@ -75,16 +76,21 @@ func (a *Agent) fireDeadline(b *box, now time.Time) {
 
 // retry goes on with sandboxes that could not be removed or adopted.
 func (a *Agent) retry(now time.Time) {
+	if a.unflattened.CompareAndSwap(true, false) {
+		a.grown.Store(true)
+	}
 	stranded := false
 	for _, b := range a.all() {
 		e := b.now()
 		switch {
 		case e.State == stateDestroying, e.State == stateRunning && b.alive.Err() != nil:
 			a.goOnEnding(b, e)
-		case e.State == stateRunning && b.unattended():
+		case e.State == statePaused:
+			a.goOnClearing(b)
+		case (e.State == stateRunning || e.State == statePausing) && b.unattended():
 			a.takeOver(a.ctx, b)
 			stranded = stranded || b.unattended()
-		case e.State == stateEnded && now.Sub(e.EndedAt) > maxUnacked:
+		case e.State == stateEnded && (e.Build || now.Sub(e.EndedAt) > maxUnacked):
 			if err := a.forget(b); err != nil {
 				a.log.Warn("ended sandbox not forgotten", "sandbox", b.id, "err", err)
 			}
@@ -107,6 +113,21 @@ func (a *Agent) goOnEnding(b *box, e entry) {
 	}
 	if err := a.end(a.ctx, b, cause, detail); err != nil {
 		a.log.Error("sandbox not removed yet", "sandbox", b.id, "err", err)
+	}
+}
+
+// goOnClearing tries again to remove the machine of a paused sandbox, unless
+// somebody is at it.
+func (a *Agent) goOnClearing(b *box) {
+	if !b.op.TryLock() {
+		return
+	}
+	defer b.op.Unlock()
+	if e := b.now(); e.State != statePaused || e.VMM == nil && b.machine == nil || a.isClosed() {
+		return
+	}
+	if err := a.clear(a.ctx, b); err != nil {
+		a.log.Error("paused sandbox not cleared yet", "sandbox", b.id, "err", err)
 	}
 }
 
@@ -134,7 +155,7 @@ func (a *Agent) sweepAtLast(ctx context.Context, stranded bool) error {
 func (b *box) unattended() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.entry.State == stateRunning && b.guest == nil
+	return (b.entry.State == stateRunning || b.entry.State == statePausing) && b.guest == nil
 }
 
 // sweepConsoles removes console logs that are too old, and of the others all but

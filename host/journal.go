@@ -12,6 +12,7 @@ import (
 	"github.com/dormouse-sandbox/dormouse/disk"
 	"github.com/dormouse-sandbox/dormouse/internal/osfs"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/snapshot"
 	"github.com/dormouse-sandbox/dormouse/vmm"
 )
 
@@ -22,6 +23,9 @@ type state string
 const (
 	stateCreating   state = "creating"   // after a crash: remove it
 	stateRunning    state = "running"    // after a crash: adopt it
+	statePausing    state = "pausing"    // after a crash: adopt it, and let it run on
+	statePaused     state = "paused"     // after a crash: remove its machine, if there still is one
+	stateResuming   state = "resuming"   // after a crash: remove its machine; it is paused
 	stateDestroying state = "destroying" // after a crash: go on removing it
 	stateEnded      state = "ended"      // nothing is left but this entry
 )
@@ -50,7 +54,29 @@ type entry struct {
 	Token string       `json:"token,omitempty"` // the guest agent's
 	Slot  int          `json:"slot"`            // network slot; meaningful while running
 	Disk  *disk.Config `json:"disk,omitempty"`
-	VMM   *vmm.Record  `json:"vmm,omitempty"`
+	// DiskDriver is who made the disk; empty means qcow.
+	DiskDriver string      `json:"disk_driver,omitempty"`
+	VMM        *vmm.Record `json:"vmm,omitempty"`
+	// Base is the manifest that its disk lies on, and Began the point that the VM
+	// went on from; nil if it was booted.
+	Base  snapshot.Digest `json:"base,omitzero"`
+	Began *point          `json:"began,omitempty"`
+	// Last is its newest point: what a paused one goes on from, and what the next
+	// one is a diff to.
+	Last     *point    `json:"last,omitempty"`
+	PausedAt time.Time `json:"paused_at,omitzero"`
+	// PausedBy says who paused it, and Start how it came to run last.
+	PausedBy sandbox.PauseReason `json:"paused_by,omitempty"`
+	Start    sandbox.Start       `json:"start,omitempty"`
+	// AutoPause is after how long of idleness it is paused; 0 is never.
+	AutoPause time.Duration `json:"auto_pause,omitempty"`
+	// What its template says of its use.
+	Env            map[string]string `json:"template_env,omitempty"`
+	DefaultUser    string            `json:"default_user,omitempty"`
+	DefaultWorkdir string            `json:"default_workdir,omitempty"`
+	// Build says that it runs a step of a template's build: nobody knows it but
+	// that build, and it does not outlive the agent.
+	Build bool `json:"build,omitempty"`
 }
 
 // journal is a folder with one file per sandbox.
@@ -66,7 +92,7 @@ func (j journal) write(op string, e entry) error {
 		return fmt.Errorf("journal %s: %w", e.ID, err)
 	}
 	if err := osfs.WriteFile(op, j.path(e.ID), data, 0o600); err != nil {
-		return fmt.Errorf("journal %s: %w", e.ID, noSpace(err))
+		return fmt.Errorf("journal %s: %w", e.ID, sandbox.NoSpace(err))
 	}
 	return nil
 }
@@ -132,12 +158,53 @@ func decodeEntry(data []byte) (entry, error) {
 		return entry{}, err
 	}
 	switch e.State {
-	case stateCreating, stateRunning, stateDestroying, stateEnded:
+	case stateCreating, stateRunning, statePausing, statePaused, stateResuming, stateDestroying, stateEnded:
 	default:
 		return entry{}, fmt.Errorf("unknown state %q", e.State)
 	}
-	if e.State == stateRunning && (e.VMM == nil || e.Disk == nil) {
-		return entry{}, errors.New("running, but without its VM or its disk")
+	if (e.State == stateRunning || e.State == statePausing) && (e.VMM == nil || e.Disk == nil) {
+		return entry{}, fmt.Errorf("%s, but without its VM or its disk", e.State)
+	}
+	if (e.State == statePaused || e.State == stateResuming) && e.Last == nil {
+		return entry{}, fmt.Errorf("%s, but without what it goes on from", e.State)
 	}
 	return e, nil
+}
+
+// roots are what the snapshot collector must keep for a sandbox.
+func (e entry) roots() []snapshot.Digest {
+	roots := append(e.Began.roots(), e.Last.roots()...)
+	if !e.Base.IsZero() {
+		roots = append(roots, e.Base)
+	}
+	return roots
+}
+
+// parentMemory and parentDisk are what the next point is a diff to. What a VM has
+// changed since it began covers what it has changed since its newest point.
+func (e entry) parentMemory() snapshot.Digest {
+	if e.Last == nil {
+		return snapshot.Digest{} // booted: its memory was zeros
+	}
+	return e.Last.Memory
+}
+
+func (e entry) parentDisk() snapshot.Digest {
+	if e.Last == nil {
+		return e.Base
+	}
+	return e.Last.Disk
+}
+
+// pointNow is the point that a running sandbox is at, without its images.
+func (e entry) pointNow(compat string, guest sandbox.ID) *point {
+	p := &point{
+		Compat: compat, Guest: guest, VCPUs: e.Spec.VCPUs, MemMiB: e.Spec.MemMiB, DiskMiB: e.Spec.DiskMiB,
+		Template: e.Spec.Template, Env: e.Env, DefaultUser: e.DefaultUser, DefaultWorkdir: e.DefaultWorkdir,
+	}
+	if e.Last != nil {
+		p.Generation = e.Last.Generation + 1
+		p.Parent = e.Last.Memory
+	}
+	return p
 }

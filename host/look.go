@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net/http"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
@@ -29,13 +30,31 @@ type Status struct {
 	Cause     sandbox.Cause
 	Detail    string
 	Phases    []Phase
+	Frozen    sandbox.Freeze // why it stands still, if it does
+
+	AutoPause      time.Duration
+	Point          *PointInfo // where it is paused, or its newest point; nil if there is none
+	PausedAt       time.Time
+	PausedBy       sandbox.PauseReason
+	Start          sandbox.Start
+	IdleSince      time.Time // zero while it is not idle
+	AutoPauseError string
 }
 
 func statusOf(e entry) Status {
 	return Status{
 		ID: e.ID, Spec: e.Spec, Hostname: e.Hostname, State: string(e.State), CreatedAt: e.CreatedAt,
 		Deadline: e.Deadline, EndedAt: e.EndedAt, Cause: e.Cause, Detail: e.Detail, Phases: e.Phases,
+		AutoPause: e.AutoPause, Point: e.Last.info(), PausedAt: e.PausedAt, PausedBy: e.PausedBy, Start: e.Start,
 	}
+}
+
+func (b *box) status() Status {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	s := statusOf(b.entry)
+	s.Frozen, s.IdleSince, s.AutoPauseError = b.frozen, b.idleSince(), b.use.why
+	return s
 }
 
 // List names every sandbox that lives here, and the ended ones that nobody
@@ -44,22 +63,40 @@ func (a *Agent) List() []Status {
 	boxes := a.all()
 	out := make([]Status, 0, len(boxes))
 	for _, b := range boxes {
-		out = append(out, statusOf(b.now()))
+		if !b.now().Build {
+			out = append(out, b.status())
+		}
 	}
 	return out
 }
 
+// Limits are what may be changed of a running sandbox.
+type Limits struct {
+	Deadline  time.Time      // zero: it stays
+	AutoPause *time.Duration // nil: it stays; 0: never
+}
+
 // SetDeadline moves the time at which the host destroys a sandbox by itself.
 func (a *Agent) SetDeadline(id string, deadline time.Time) error {
+	return a.SetLimits(id, Limits{Deadline: deadline})
+}
+
+// SetLimits changes when the host destroys and pauses a sandbox by itself.
+func (a *Agent) SetLimits(id string, l Limits) error {
 	b, err := a.box(id)
 	if err != nil {
 		return err
 	}
-	if err := sandbox.CheckTimeout(deadline.Sub(a.cfg.Now()).Round(time.Second)); err != nil {
-		return err
+	if !l.Deadline.IsZero() {
+		if err := sandbox.CheckTimeout(l.Deadline.Sub(a.cfg.Now()).Round(time.Second)); err != nil {
+			return err
+		}
+	}
+	if l.AutoPause != nil && *l.AutoPause < 0 {
+		return sandbox.Errorf(sandbox.KindInvalid, "auto_pause is %v, must not be negative", *l.AutoPause)
 	}
 	if !b.op.TryLock() {
-		return sandbox.Errorf(sandbox.KindBusy, "sandbox %s is being created or destroyed", b.id)
+		return sandbox.Errorf(sandbox.KindBusy, "sandbox %s is just now being changed", b.id)
 	}
 	defer b.op.Unlock()
 	if a.isClosed() {
@@ -72,11 +109,19 @@ func (a *Agent) SetDeadline(id string, deadline time.Time) error {
 	if e.State != stateRunning {
 		return errNotRunning(e)
 	}
-	e.Deadline = deadline
+	change := func(e *entry) {
+		if !l.Deadline.IsZero() {
+			e.Deadline = l.Deadline
+		}
+		if l.AutoPause != nil {
+			e.AutoPause = *l.AutoPause
+		}
+	}
+	change(&e)
 	if err := a.journal.write("set-deadline", e); err != nil {
 		return err
 	}
-	b.set(func(live *entry) { live.Deadline = deadline })
+	b.set(change)
 	return nil
 }
 
@@ -86,7 +131,7 @@ func (a *Agent) Ping(ctx context.Context, id string) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	g, ctx, cancel, err := b.agent(ctx)
+	g, ctx, cancel, err := a.guestOf(ctx, b)
 	if err != nil {
 		return 0, err
 	}
@@ -157,7 +202,7 @@ func (a *Agent) Metrics(ctx context.Context, id string) (Usage, error) {
 	if err != nil {
 		return Usage{}, err
 	}
-	g, ctx, cancel, err := b.agent(ctx)
+	g, ctx, cancel, err := a.guestOf(ctx, b)
 	if err != nil {
 		return Usage{}, err
 	}
@@ -171,23 +216,35 @@ func (a *Agent) Metrics(ctx context.Context, id string) (Usage, error) {
 	if err := json.NewDecoder(io.LimitReader(res.Body, 1<<20)).Decode(&u.Guest); err != nil {
 		return Usage{}, sandbox.Errorf(sandbox.KindInternal, "the guest agent's metrics are not understood: %w", err)
 	}
-	e := b.now()
-	if e.VMM == nil || e.Disk == nil {
+	b.mu.Lock()
+	e, d := b.entry, b.disk
+	b.mu.Unlock()
+	if e.VMM == nil || d == nil {
 		return Usage{}, errNotRunning(e)
 	}
 	u.RSSBytes = rssOf(e.VMM.PID)
-	d, err := a.cfg.Disks.Restore(ctx, *e.Disk)
-	if err != nil {
-		return Usage{}, err
-	}
-	if u.OverlayBytes, err = d.Allocated(); err != nil {
-		return Usage{}, err
-	}
-	return u, d.Close(ctx)
+	u.OverlayBytes, err = d.Allocated()
+	return u, err
 }
 
 // Templates lists what sandboxes can be made from.
 func (a *Agent) Templates() ([]template.Template, error) { return a.cfg.Templates.List() }
+
+// Template describes one of them.
+func (a *Agent) Template(name string) (template.Template, error) {
+	if err := sandbox.SafeName("template", name); err != nil {
+		return template.Template{}, err
+	}
+	return a.cfg.Templates.Get(name)
+}
+
+// TemplateLog is what its build has told.
+func (a *Agent) TemplateLog(name string) ([]byte, error) {
+	if err := sandbox.SafeName("template", name); err != nil {
+		return nil, err
+	}
+	return a.cfg.Templates.Log(name)
+}
 
 // Description is what the host says of itself.
 type Description struct {
@@ -197,6 +254,10 @@ type Description struct {
 	MemTotalMiB, MemFreeMiB     int
 	MemPromisedMiB, DiskFreeMiB int
 	Sandboxes, MaxSandboxes     int
+	Disks, DiskReason           string // the driver of new disks
+	Groups                      bool   // whether each VMM has a control group
+	GroupsReason                string
+	Damage                      []string // of the images that disks lie on
 }
 
 // Describe says what this machine is and how full.
@@ -207,11 +268,14 @@ func (a *Agent) Describe() Description {
 	}
 	a.mu.Lock()
 	live, mem := a.load()
+	damage := slices.Sorted(maps.Keys(a.damage))
 	a.mu.Unlock()
 	return Description{
 		Name: name, Version: a.cfg.Version, Instance: a.cfg.Instance, VMM: a.cfg.VMM.Capabilities(), CPUs: cpus(),
 		MemTotalMiB: a.cfg.MaxMemMiB, MemFreeMiB: memAvailableMiB(), MemPromisedMiB: mem,
-		DiskFreeMiB: freeMiB(a.cfg.Dir), Sandboxes: live, MaxSandboxes: a.cfg.MaxSandboxes,
+		DiskFreeMiB: a.freeMiB(), Sandboxes: live, MaxSandboxes: a.cfg.MaxSandboxes,
+		Disks: a.cfg.Disks[0].Name(), DiskReason: a.cfg.DiskReason,
+		Groups: a.cfg.Groups != Groups(noGroups{}), GroupsReason: a.cfg.GroupsReason, Damage: damage,
 	}
 }
 

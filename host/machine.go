@@ -11,10 +11,12 @@ import (
 	"github.com/dormouse-sandbox/dormouse/internal/osfs"
 	"github.com/dormouse-sandbox/dormouse/internal/undo"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/snapshot"
 	"github.com/dormouse-sandbox/dormouse/vmm"
 )
 
-// machine is what the host has of one sandbox: folders, disk, network and VM.
+// machine is what the host has of one sandbox: folders, disk, network, control
+// group and VM.
 // Parts that it never had are nil.
 type machine struct {
 	a       *Agent
@@ -22,7 +24,21 @@ type machine struct {
 	disk    disk.Disk
 	config  disk.Config // what disk was made from
 	network Network
+	group   Group
 	vm      vmm.Machine
+	// base is the manifest that disk lies on, if it lies on one.
+	base snapshot.Digest
+	kept *point // as what it was kept before it was told who it is, if it was
+	pins []func()
+}
+
+// unpin lets the journal alone keep what the machine needs of the snapshot store.
+func (m *machine) unpin() error {
+	for _, release := range m.pins {
+		release()
+	}
+	m.pins = nil
+	return nil
 }
 
 // remove takes all of it away, the VM first: while that runs, the rest stays.
@@ -33,6 +49,7 @@ func (m *machine) remove(ctx context.Context) error {
 	u.Push("folders", m.removeDirs)
 	u.Push("disk", m.removeDisk)
 	u.Push("network", m.removeNetwork)
+	u.Push("control group", m.removeGroup)
 	u.Push("vm", m.removeVM)
 	return u.Run(ctx)
 }
@@ -138,18 +155,18 @@ func (a *Agent) consolePath(id sandbox.ID) string {
 }
 
 // watch waits for the VM's end and destroys the rest of the sandbox.
-func (a *Agent) watch(b *box, vm vmm.Machine) {
+func (a *Agent) watch(b *box, vm vmm.Machine, awake context.Context) {
 	select {
 	case <-vm.Done():
 	case <-a.ctx.Done():
 		return
-	case <-b.alive.Done():
-		return // somebody else is ending it
+	case <-awake.Done():
+		return // somebody else is ending it, or it is paused
 	}
-	if a.ctx.Err() != nil {
+	if a.ctx.Err() != nil || awake.Err() != nil {
 		return // the next agent finds out by itself
 	}
-	exit := vm.Exit()
+	exit := a.exitOf(b.id, vm)
 	a.log.Warn("vm ended by itself", "sandbox", b.id, "cause", exit.Cause, "detail", exit.Detail)
 	if err := a.end(a.ctx, b, exit.Cause, exit.Detail); err != nil {
 		a.log.Error("sandbox not removed yet", "sandbox", b.id, "err", err)

@@ -8,13 +8,9 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
-	"syscall"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/dormouse-sandbox/dormouse/internal/osfs"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
@@ -23,18 +19,11 @@ import (
 // lockDir keeps a second agent off the same state. The lock goes with the
 // process, however it ends.
 func lockDir(dir string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR|syscall.O_CLOEXEC, 0o600)
-	if err != nil {
-		return nil, err
+	f, err := osfs.LockDir(dir)
+	if errors.Is(err, osfs.ErrLocked) {
+		return nil, sandbox.Errorf(sandbox.KindConflict, "another host agent runs on %s", dir)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		_ = f.Close() // nothing was written
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, sandbox.Errorf(sandbox.KindConflict, "another host agent runs on %s", dir)
-		}
-		return nil, fmt.Errorf("lock %s: %w", dir, err)
-	}
-	return f, nil
+	return f, err
 }
 
 // loadKey reads the host's signing key, and makes it at the first start.
@@ -96,19 +85,11 @@ func kbField(path, field string) int {
 	return 0
 }
 
-// freeMiB is what an unprivileged process could still write to dir's file system.
-func freeMiB(dir string) int {
-	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil {
+// freeMiB is how much disk the host has left; 0 when that cannot be found out.
+func (a *Agent) freeMiB() int {
+	free, err := a.cfg.FreeBytes(a.cfg.Dir)
+	if err != nil {
 		return 0
 	}
-	return int(st.Bavail * uint64(st.Bsize) >> 20)
-}
-
-// noSpace gives an error of a full disk its kind.
-func noSpace(err error) error {
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return sandbox.WithKind(sandbox.KindNoSpace, err)
-	}
-	return err
+	return int(free >> 20)
 }

@@ -14,16 +14,6 @@ import (
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
-// wait makes a failpoint that waits for the test, the first time it is passed.
-func wait(t *testing.T) (act fault.Action, reached <-chan struct{}, goOn chan<- error) {
-	there, on := make(chan struct{}), make(chan error, 2)
-	t.Cleanup(func() { on <- nil }) // also when the test has failed
-	return fault.Nth(1, func(context.Context, string) error {
-		close(there)
-		return <-on
-	}), there, on
-}
-
 // TestNoRemovalMakesADeadlineLate: one that hangs for minutes does not either.
 func TestNoRemovalMakesADeadlineLate(t *testing.T) {
 	r := newRig(t)
@@ -161,8 +151,7 @@ func TestDestroyOfOneThatIsNotAdopted(t *testing.T) {
 	r := newRig(t)
 	r.open()
 	id, other := r.mustCreate(), r.mustCreate()
-	r.agent.Abandon()
-	r.networks.crash()
+	r.kill()
 	disarm := fault.Set("vmmfake/adopt", fault.Fail)
 	defer disarm()
 	r.open()
@@ -186,8 +175,7 @@ func TestTakeOverGoesOn(t *testing.T) {
 	r := newRig(t)
 	r.open()
 	id, other := r.mustCreate(), r.mustCreate()
-	r.agent.Abandon()
-	r.networks.crash()
+	r.kill()
 	r.networks.failOpen(errors.New("netlink: no buffer space available"))
 	r.open()
 	if _, err := r.agent.Ping(t.Context(), string(id)); !sandbox.Is(err, sandbox.KindTransient) {
@@ -212,8 +200,7 @@ func TestSweepIsRepeated(t *testing.T) {
 	r := newRig(t)
 	r.open()
 	id := r.mustCreate()
-	r.agent.Abandon()
-	r.networks.crash()
+	r.kill()
 	if _, err := r.networks.Acquire(t.Context()); err != nil { // by a create that died
 		t.Fatal(err)
 	}

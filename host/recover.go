@@ -26,10 +26,18 @@ func (a *Agent) recover(ctx context.Context) error {
 		b := newBox(e)
 		a.boxes[e.ID] = b
 		switch e.State {
-		case stateRunning:
+		case stateRunning, statePausing:
+			if e.Build { // its build has died with the agent
+				a.abandon(b)
+				continue
+			}
 			a.takeOver(ctx, b)
 		case stateCreating:
 			a.abandon(b)
+		case stateResuming:
+			if err := a.resumeAbandoned(ctx, b); err != nil {
+				return err
+			}
 		case stateEnded:
 			b.die(errNotRunning(e))
 		}
@@ -40,6 +48,7 @@ func (a *Agent) recover(ctx context.Context) error {
 	}
 	for _, b := range a.all() {
 		a.finishLeft(ctx, b)
+		a.forgetBuild(b)
 	}
 	return nil
 }
@@ -50,11 +59,15 @@ func (a *Agent) recover(ctx context.Context) error {
 func (a *Agent) finishLeft(ctx context.Context, b *box) {
 	b.op.Lock()
 	defer b.op.Unlock()
-	if b.now().State != stateDestroying {
-		return
-	}
-	if err := a.finish(ctx, b); err != nil {
-		a.log.Error("sandbox not removed yet", "sandbox", b.id, "err", err)
+	switch e := b.now(); {
+	case e.State == stateDestroying:
+		if err := a.finish(ctx, b); err != nil {
+			a.log.Error("sandbox not removed yet", "sandbox", b.id, "err", err)
+		}
+	case e.State == statePaused:
+		if err := a.clear(ctx, b); err != nil {
+			a.log.Error("paused sandbox not cleared yet", "sandbox", b.id, "err", err)
+		}
 	}
 }
 
@@ -65,12 +78,20 @@ func (a *Agent) abandon(b *box) {
 	})
 }
 
+// resumeAbandoned takes a sandbox back to paused whose resume the previous agent
+// did not live to finish. Nothing that it goes on from has changed; its VM may run
+// and is not in the journal.
+func (a *Agent) resumeAbandoned(ctx context.Context, b *box) error {
+	b.set(func(e *entry) { e.State = statePaused })
+	return wrap("end a VM whose resume was not finished", a.cfg.VMM.Sweep(ctx, a.runDir(b.id)))
+}
+
 // takeOver adopts a running sandbox, or finds out how it ended.
 func (a *Agent) takeOver(ctx context.Context, b *box) {
 	b.op.Lock()
 	defer b.op.Unlock()
 	e := b.now()
-	if e.State != stateRunning || b.machine != nil || a.isClosed() {
+	if e.State != stateRunning && e.State != statePausing || b.machine != nil || a.isClosed() {
 		return
 	}
 	if e.VMM.BootID != a.cfg.BootID {
@@ -80,16 +101,25 @@ func (a *Agent) takeOver(ctx context.Context, b *box) {
 	m, err := a.adopt(ctx, b, e)
 	switch {
 	case sandbox.Is(err, sandbox.KindNotFound):
-		a.lost(b, sandbox.CauseVMMCrash, fmt.Sprintf("gone when the host agent started: %v", err))
+		cause := sandbox.CauseVMMCrash
+		if a.oomKilled(b.id) {
+			cause = sandbox.CauseOOMHost
+		}
+		a.lost(b, cause, fmt.Sprintf("gone when the host agent started: %v", err))
 	case err != nil:
 		a.log.Error("running vm not adopted, will try again", "sandbox", b.id, "err", err)
 		a.setUnswept()
 	default:
 		b.machine, b.network = m, nil
+		g := a.newGuest(m.network, e.Token)
 		b.mu.Lock()
-		b.guest, b.vm = a.newGuest(m.network, e.Token), m.vm
+		b.entry.State = stateRunning // an interrupted pause is undone
+		b.use.last = a.cfg.Now()
+		b.guest, b.vm, b.disk = g, m.vm, m.disk
 		b.mu.Unlock()
-		a.wg.Go(func() { a.watch(b, m.vm) })
+		a.wake(ctx, b, m.vm)
+		a.wg.Go(func() { a.wakeGuest(a.ctx, b, g) })
+		a.attend(b, m)
 		a.log.Info("sandbox adopted", "sandbox", b.id, "pid", e.VMM.PID)
 	}
 }
@@ -103,7 +133,7 @@ func (a *Agent) lost(b *box, cause sandbox.Cause, detail string) {
 
 // adopt finds every part of a running machine again; the caller holds op.
 func (a *Agent) adopt(ctx context.Context, b *box, e entry) (_ *machine, err error) {
-	m := &machine{a: a, id: e.ID, config: *e.Disk, network: b.network}
+	m := &machine{a: a, id: e.ID, config: *e.Disk, base: e.Base, network: b.network, group: a.cfg.Groups.Find(string(e.ID))}
 	if m.vm, err = a.cfg.VMM.Adopt(ctx, *e.VMM); err != nil {
 		return nil, fmt.Errorf("adopt vm: %w", err)
 	}
@@ -112,7 +142,7 @@ func (a *Agent) adopt(ctx context.Context, b *box, e entry) (_ *machine, err err
 			err = errors.Join(err, m.vm.Release())
 		}
 	}()
-	if m.disk, err = a.cfg.Disks.Restore(ctx, *e.Disk); err != nil {
+	if m.disk, err = a.restoreDisk(ctx, e); err != nil {
 		return nil, fmt.Errorf("restore disk: %w", err)
 	}
 	if m.network == nil {
@@ -133,7 +163,8 @@ func (a *Agent) setUnswept() {
 	a.unswept = true
 }
 
-// sweep removes VMM processes, networks and folders that no sandbox owns. While
+// sweep removes VMM processes, control groups, disks, networks and folders that
+// no sandbox owns. While
 // a running one is not adopted yet it does nothing.
 func (a *Agent) sweep(ctx context.Context) error {
 	a.mu.Lock()
@@ -144,6 +175,8 @@ func (a *Agent) sweep(ctx context.Context) error {
 	}
 	return errors.Join(
 		wrap("sweep vms", a.cfg.VMM.Sweep(ctx, a.cfg.RunDir)),
+		wrap("sweep control groups", a.cfg.Groups.Sweep(ctx, a.knows)),
+		wrap("sweep disks", a.sweepDisks(ctx)),
 		wrap("sweep networks", a.cfg.Networks.Sweep(ctx)),
 		wrap("sweep folders", a.sweepDirs()),
 	)
@@ -160,19 +193,23 @@ func (a *Agent) sweepDirs() error {
 			continue
 		}
 		for _, d := range dirs {
-			id, err := sandbox.ParseID(d.Name())
-			if err != nil {
+			if _, err := sandbox.ParseID(d.Name()); err != nil {
 				continue // not ours
 			}
-			a.mu.Lock()
-			_, known := a.boxes[id]
-			a.mu.Unlock()
-			if !known {
+			if !a.knows(d.Name()) {
 				errs = append(errs, os.RemoveAll(filepath.Join(parent, d.Name())))
 			}
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// knows says whether there is a sandbox with this ID.
+func (a *Agent) knows(id string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	_, known := a.boxes[sandbox.ID(id)]
+	return known
 }
 
 func wrap(what string, err error) error {

@@ -6,9 +6,11 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/dormouse-sandbox/dormouse/disk"
 	"github.com/dormouse-sandbox/dormouse/host"
 	"github.com/dormouse-sandbox/dormouse/internal/fault"
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
@@ -157,9 +159,7 @@ func TestDeadlineFires(t *testing.T) {
 		t.Fatal(err)
 	}
 	later := r.mustCreate()
-	r.agent.Abandon() // also when the agent was killed in between
-	r.networks.crash()
-	r.open()
+	r.restart() // also when the agent was killed in between
 	testkit.Eventually(t, 10*time.Second, "ended by its deadline", func() bool {
 		s := r.status(req.ID)
 		return s.State == "ended" && s.Cause == sandbox.CauseTTL
@@ -177,9 +177,7 @@ func TestSetDeadline(t *testing.T) {
 	if err := r.agent.SetDeadline(string(id), want); err != nil {
 		t.Fatal(err)
 	}
-	r.agent.Abandon()
-	r.networks.crash()
-	r.open()
+	r.restart()
 	if got := r.status(id).Deadline; !got.Equal(want) {
 		t.Errorf("deadline after a restart: %v, want %v", got, want)
 	}
@@ -189,7 +187,8 @@ func TestSetDeadline(t *testing.T) {
 }
 
 // TestDestroyFailsAt fails every step of a destroy once: the sandbox ends all
-// the same, a little later, and nothing is left.
+// the same, a little later, and nothing is left. Where only the note of what is
+// to come fails, it ends at once.
 func TestDestroyFailsAt(t *testing.T) {
 	for _, point := range destroyPoints(t) {
 		t.Run(point, func(t *testing.T) {
@@ -198,7 +197,12 @@ func TestDestroyFailsAt(t *testing.T) {
 			id := r.mustCreate()
 			disarm := fault.Set(point, fault.Nth(1, fault.Fail))
 			defer disarm()
-			if _, err := r.agent.Destroy(t.Context(), string(id), ""); !errors.Is(err, fault.ErrInjected) {
+			_, err := r.agent.Destroy(t.Context(), string(id), "")
+			if strings.HasPrefix(point, "osfs/destroy-intent/") {
+				if s := r.status(id); err != nil || s.State != "ended" {
+					t.Fatalf("destroy: %v, the sandbox is %s", err, s.State)
+				}
+			} else if !errors.Is(err, fault.ErrInjected) {
 				t.Fatalf("destroy: %v, want the injected fault", err)
 			}
 			testkit.Eventually(t, 5*time.Second, "ended", func() bool { return r.status(id).State == "ended" })
@@ -209,6 +213,97 @@ func TestDestroyFailsAt(t *testing.T) {
 				t.Errorf("left on the host: %v", left)
 			}
 		})
+	}
+}
+
+// TestEndWithoutAJournal: a journal that takes nothing holds up no end. What the
+// sandbox had is given back at once; why it ended is written down as soon as the
+// journal works again.
+func TestEndWithoutAJournal(t *testing.T) {
+	r := newRig(t)
+	r.open()
+	id := r.mustCreate()
+	for _, op := range []string{"destroy-intent", "destroy-done"} {
+		defer fault.Set("osfs/"+op+"/fsync", brokenDisk)()
+	}
+	if _, err := r.agent.Destroy(t.Context(), string(id), ""); !errors.Is(err, syscall.EIO) {
+		t.Errorf("destroy: %v, want what the disk said", err)
+	}
+	// The house-keeping tries again to write the record, with a temporary file.
+	testkit.Eventually(t, 5*time.Second, "nothing is left on the host", func() bool { return len(r.leftovers()) == 0 })
+	if s := r.status(id); s.State != "destroying" || s.Cause != sandbox.CauseUser {
+		t.Errorf("while it is not recorded: %s (%s)", s.State, s.Cause)
+	}
+	fault.Set("osfs/destroy-done/fsync", nil)
+	testkit.Eventually(t, 5*time.Second, "ended", func() bool { return r.status(id).State == "ended" })
+	r.restart()
+	if s := r.status(id); s.State != "ended" || s.Cause != sandbox.CauseUser {
+		t.Errorf("after a restart: %s (%s)", s.State, s.Cause)
+	}
+}
+
+func brokenDisk(context.Context, string) error { return syscall.EIO }
+
+// TestEndIsNotedLater: while what the journal did not take is not removed
+// either, it is offered again, and the next agent goes on with it.
+func TestEndIsNotedLater(t *testing.T) {
+	r := newRig(t)
+	r.open()
+	id := r.mustCreate()
+	defer fault.Set("osfs/destroy-intent/write", fault.Nth(1, brokenDisk))()
+	disarm := fault.Set("host/destroy/vm", fault.Fail)
+	defer disarm()
+	if _, err := r.agent.Destroy(t.Context(), string(id), ""); !errors.Is(err, fault.ErrInjected) {
+		t.Fatal(err)
+	}
+	testkit.Eventually(t, 5*time.Second, "in the journal", func() bool {
+		data, err := os.ReadFile(filepath.Join(r.dir, "host/journal", string(id)+".json"))
+		return err == nil && strings.Contains(string(data), `"state":"destroying"`)
+	})
+	r.kill()
+	disarm()
+	r.open()
+	testkit.Eventually(t, 5*time.Second, "ended by the user", func() bool {
+		s := r.status(id)
+		return s.State == "ended" && s.Cause == sandbox.CauseUser
+	})
+}
+
+// TestEndSparesTheNextOwnerOfItsSlot: a sandbox has ended, which the journal did
+// not take; its network slot was given to another; the agent was killed, and the
+// next one cannot adopt the other at once. What is left of the first is nothing.
+func TestEndSparesTheNextOwnerOfItsSlot(t *testing.T) {
+	r := newRig(t)
+	r.open()
+	first, second := r.request(), r.request()
+	if first.ID > second.ID {
+		first, second = second, first // the journal is read in this order
+	}
+	if _, err := r.agent.Create(t.Context(), first); err != nil {
+		t.Fatal(err)
+	}
+	for _, op := range []string{"destroy-intent", "destroy-done"} {
+		defer fault.Set("osfs/"+op+"/fsync", brokenDisk)()
+	}
+	if _, err := r.agent.Destroy(t.Context(), string(first.ID), ""); !errors.Is(err, syscall.EIO) {
+		t.Fatal(err)
+	}
+	if _, err := r.agent.Create(t.Context(), second); err != nil {
+		t.Fatal(err)
+	}
+	if used := r.networks.inUse(); len(used) != 1 || used[0] != 0 {
+		t.Fatalf("slots in use: %v, want the first one's again", used)
+	}
+	r.kill()
+	fault.Set("osfs/destroy-done/fsync", nil)
+	defer fault.Set("vmmfake/adopt", fault.Nth(2, fault.Fail))()
+	r.open()
+	testkit.Eventually(t, 5*time.Second, "the second one adopted", func() bool {
+		_, err := r.agent.Ping(t.Context(), string(second.ID))
+		return err == nil
+	})
+	if s := r.status(first.ID); s.State != "ended" {
+		t.Errorf("the first one is %s", s.State)
 	}
 }
 
@@ -233,23 +328,10 @@ func TestDestroyKilledAt(t *testing.T) {
 		t.Run(point, func(t *testing.T) {
 			r := newRig(t)
 			r.open()
-			id, dead := r.mustCreate(), r.agent
-			reached, forever := make(chan struct{}), make(chan struct{})
-			disarm := fault.Set(point, fault.Nth(1, func(context.Context, string) error {
-				close(reached)
-				<-forever
-				return fault.ErrInjected
-			}))
-			defer disarm()
-			done := make(chan struct{})
-			go func() {
-				defer close(done)
-				_, _ = dead.Destroy(context.Background(), string(id), "") // it died
-			}()
-			<-reached
-			dead.Abandon()
-			r.networks.crash()
-			r.open()
+			id := r.mustCreate()
+			r.killAt(point, func(dying *host.Agent) {
+				_, _ = dying.Destroy(context.Background(), string(id), "") // it died
+			})
 			switch s := r.status(id); s.State {
 			case "running": // it died before it wrote down what it was asked
 				if _, err := r.agent.Ping(t.Context(), string(id)); err != nil {
@@ -262,10 +344,6 @@ func TestDestroyKilledAt(t *testing.T) {
 			default:
 				t.Errorf("after the restart: %s", s.State)
 			}
-			_ = r.agent.Close()
-			r.agent = nil
-			close(forever)
-			<-done
 		})
 	}
 }
@@ -298,7 +376,7 @@ func TestSecondAgentIsRefused(t *testing.T) {
 	first := r.open()
 	_, err := host.Open(t.Context(), host.Config{
 		Dir: filepath.Join(r.dir, "host"), RunDir: filepath.Join(r.dir, "run"),
-		VMM: r.vms, Disks: r.disks, Networks: r.networks, Templates: r, BootID: r.bootID,
+		VMM: r.vms, Disks: []disk.Driver{r.disks}, Networks: r.networks, Templates: r, BootID: r.bootID,
 	})
 	if !sandbox.Is(err, sandbox.KindConflict) {
 		t.Errorf("second agent: %v", err)
@@ -326,7 +404,7 @@ func TestUnreadableEntryStopsTheStart(t *testing.T) {
 		}
 		_, err := host.Open(t.Context(), host.Config{
 			Dir: filepath.Join(r.dir, "host"), RunDir: filepath.Join(r.dir, "run"),
-			VMM: r.vms, Disks: r.disks, Networks: r.networks, Templates: r, BootID: r.bootID,
+			VMM: r.vms, Disks: []disk.Driver{r.disks}, Networks: r.networks, Templates: r, BootID: r.bootID,
 		})
 		if err == nil || !strings.Contains(err.Error(), filepath.Base(path)) {
 			t.Fatalf("cut at %d: %v, want an error that names the file", n, err)

@@ -4,17 +4,25 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/dormouse-sandbox/dormouse/cgroup"
 	"github.com/dormouse-sandbox/dormouse/disk"
+	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
 	"github.com/dormouse-sandbox/dormouse/host"
+	"github.com/dormouse-sandbox/dormouse/internal/fault"
+	"github.com/dormouse-sandbox/dormouse/internal/sparse"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 	"github.com/dormouse-sandbox/dormouse/template"
 	"github.com/dormouse-sandbox/dormouse/vmm"
@@ -28,7 +36,10 @@ type rig struct {
 	vms      *machineRoom
 	networks *networks
 	disks    *disks
+	groups   *groups
+	free     atomic.Int64 // bytes of the host's disk
 	image    string
+	config   *template.ImageConfig // of the template
 	bootID   string
 	agent    *host.Agent
 	agentCfg func(*host.Config)
@@ -38,14 +49,25 @@ type rig struct {
 	// onBoot is called by each guest before it answers.
 	onBoot func(sandbox.ID)
 	inits  int
+	// insides are the guests that run, or ran last, and standing is whose processes
+	// are frozen.
+	insides  map[sandbox.ID]vmmfake.Inside
+	standing map[sandbox.ID]bool
+	origins  map[sandbox.ID]string // who they were before they were told
+	ports    map[int]string        // where the ports of guests lead; others are closed
 }
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
-	r := &rig{t: t, dir: t.TempDir(), bootID: "fake-boot"}
+	r := &rig{
+		t: t, dir: t.TempDir(), bootID: "fake-boot",
+		insides: map[sandbox.ID]vmmfake.Inside{}, standing: map[sandbox.ID]bool{}, origins: map[sandbox.ID]string{},
+	}
 	r.networks = &networks{rig: r, used: map[int]*network{}}
-	r.disks = &disks{}
-	r.vms = &machineRoom{Driver: vmmfake.New(r.guest), held: map[sandbox.ID]bool{}}
+	r.disks = &disks{sizes: map[string]int64{}, copies: t.TempDir()}
+	r.groups = &groups{made: map[string]*group{}}
+	r.free.Store(100 << 30)
+	r.vms = &machineRoom{Driver: vmmfake.New(r.guest), held: map[sandbox.ID]bool{}, cgroups: map[sandbox.ID]string{}}
 	r.image = filepath.Join(r.dir, "root.ext4")
 	if err := os.WriteFile(r.image, make([]byte, 4096), 0o444); err != nil {
 		t.Fatal(err)
@@ -69,7 +91,8 @@ func (r *rig) open() *host.Agent {
 	r.t.Helper()
 	cfg := host.Config{
 		Dir: filepath.Join(r.dir, "host"), RunDir: filepath.Join(r.dir, "run"), Instance: "test1",
-		VMM: r.vms, Disks: r.disks, Networks: r.networks, Templates: r,
+		VMM: r.vms, Disks: []disk.Driver{r.disks}, Networks: r.networks, Templates: r,
+		Groups: r.groups, FreeBytes: func(string) (int64, error) { return r.free.Load(), nil },
 		Kernel: filepath.Join(r.dir, "kernel"), Initrd: filepath.Join(r.dir, "initrd"),
 		BootTimeout: 10 * time.Second, RetryEvery: 20 * time.Millisecond, BootID: r.bootID,
 		MaxMemMiB: 4096, MinFreeMiB: 1,
@@ -85,6 +108,53 @@ func (r *rig) open() *host.Agent {
 	return a
 }
 
+// kill ends the agent as SIGKILL would: nothing is rolled back, released or
+// written, and nobody holds its VMs and networks any more.
+func (r *rig) kill() {
+	r.agent.Abandon()
+	r.networks.crash()
+}
+
+// restart kills the agent and starts the next one.
+func (r *rig) restart() *host.Agent {
+	r.t.Helper()
+	r.kill()
+	return r.open()
+}
+
+// killAt kills the agent in the middle of what do asks of it, at a point that
+// this passes, and starts the next one. What was under way goes on only when the
+// test is over, and then ends.
+func (r *rig) killAt(point string, do func(dying *host.Agent)) {
+	r.t.Helper()
+	act, reached, goOn := wait(r.t)
+	disarm := fault.Set(point, act)
+	done, dying := make(chan struct{}), r.agent
+	go func() {
+		defer close(done)
+		do(dying)
+	}()
+	<-reached
+	r.t.Cleanup(func() {
+		disarm()
+		_ = r.agent.Close() // the thread of the dead one must find nobody at work
+		r.agent = nil
+		goOn <- fault.ErrInjected
+		<-done
+	})
+	r.restart()
+}
+
+// wait makes a failpoint that waits for the test, the first time it is passed.
+func wait(t *testing.T) (act fault.Action, reached <-chan struct{}, goOn chan<- error) {
+	there, on := make(chan struct{}), make(chan error, 2)
+	t.Cleanup(func() { on <- nil }) // also when the test has failed
+	return fault.Nth(1, func(context.Context, string) error {
+		close(there)
+		return <-on
+	}), there, on
+}
+
 // guest answers health and init, and prints a line on its console.
 func (r *rig) guest(ctx context.Context, m vmmfake.Inside) error {
 	_, _ = fmt.Fprintln(m.Console, "fake guest of", m.Spec.ID)
@@ -95,18 +165,28 @@ func (r *rig) guest(ctx context.Context, m vmmfake.Inside) error {
 	if r.onBoot != nil {
 		r.onBoot(m.Spec.ID)
 	}
+	r.mu.Lock()
+	r.insides[m.Spec.ID] = m
+	r.mu.Unlock()
+	if !m.Restored {
+		_, _ = m.Memory.WriteAt([]byte("booted as "+m.Spec.ID), 0) // it never fails
+	}
 	if mute || ctx.Err() != nil {
 		<-ctx.Done()
 		return nil
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
-	mux.HandleFunc("POST /init", func(w http.ResponseWriter, _ *http.Request) {
+	mux.HandleFunc("POST /init", func(w http.ResponseWriter, req *http.Request) {
+		if !r.told(m, w, req) {
+			return
+		}
 		r.mu.Lock()
 		r.inits++
 		r.mu.Unlock()
-		w.WriteHeader(http.StatusNoContent)
 	})
+	mux.HandleFunc("POST /freeze", func(w http.ResponseWriter, _ *http.Request) { r.stand(m.Spec.ID, true, w) })
+	mux.HandleFunc("POST /thaw", func(w http.ResponseWriter, _ *http.Request) { r.stand(m.Spec.ID, false, w) })
 	mux.HandleFunc("GET /files", func(w http.ResponseWriter, req *http.Request) {
 		w.WriteHeader(http.StatusOK)
 		w.(http.Flusher).Flush()
@@ -123,10 +203,15 @@ func (r *rig) Get(name string) (template.Template, error) {
 	if name != "base" {
 		return template.Template{}, sandbox.Errorf(sandbox.KindNotFound, "no template %q", name)
 	}
-	return template.Template{Name: "base", Image: r.image, ImageBytes: 4096, DefaultUser: "user"}, nil
+	return template.Template{Name: "base", Image: r.image, ImageBytes: 4096, DefaultUser: "user", Config: r.config}, nil
 }
 
 func (r *rig) List() ([]template.Template, error) { return nil, nil }
+
+func (r *rig) Log(name string) ([]byte, error) {
+	_, err := r.Get(name)
+	return []byte("the log of " + name + "\n"), err
+}
 
 // request is a create that should work.
 func (r *rig) request() host.CreateRequest {
@@ -167,6 +252,9 @@ func (r *rig) leftovers() []string {
 	for _, id := range r.vms.Running() {
 		out = append(out, "vm "+string(id))
 	}
+	for _, name := range r.groups.names() {
+		out = append(out, "control group "+name)
+	}
 	for _, i := range r.networks.inUse() {
 		out = append(out, fmt.Sprint("network ", i))
 	}
@@ -189,20 +277,53 @@ func (r *rig) leftovers() []string {
 type machineRoom struct {
 	*vmmfake.Driver
 
-	mu   sync.Mutex
-	held map[sandbox.ID]bool
+	failFreeze atomic.Bool
+	freezes    atomic.Int64
+
+	mu      sync.Mutex
+	held    map[sandbox.ID]bool
+	cgroups map[sandbox.ID]string
+}
+
+func (m *machineRoom) cgroupOf(id sandbox.ID) string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.cgroups[id]
+}
+
+// freezable is a machine that may refuse to freeze.
+type freezable struct {
+	vmm.Machine
+	room *machineRoom
+}
+
+func (f freezable) Freeze(ctx context.Context) error {
+	f.room.freezes.Add(1)
+	if f.room.failFreeze.Load() {
+		return errors.New("it does not listen")
+	}
+	return f.Machine.Freeze(ctx)
 }
 
 func (m *machineRoom) Start(ctx context.Context, spec vmm.Spec) (vmm.Machine, error) {
 	vm, err := m.Driver.Start(ctx, spec)
 	m.hold(spec.ID, err == nil)
-	return vm, err
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.cgroups[spec.ID] = spec.Cgroup
+	if err != nil {
+		return nil, err
+	}
+	return freezable{vm, m}, nil
 }
 
 func (m *machineRoom) Adopt(ctx context.Context, record vmm.Record) (vmm.Machine, error) {
 	vm, err := m.Driver.Adopt(ctx, record)
 	m.hold(record.ID, err == nil)
-	return vm, err
+	if err != nil {
+		return nil, err
+	}
+	return freezable{vm, m}, nil
 }
 
 func (m *machineRoom) hold(id sandbox.ID, held bool) {
@@ -351,12 +472,17 @@ func (s *network) SetInternet(context.Context, bool) error {
 	return s.all.openErr
 }
 
-func (s *network) Dial(ctx context.Context, _, _ string) (net.Conn, error) {
+func (s *network) Dial(ctx context.Context, to string) (net.Conn, error) {
 	s.all.mu.Lock()
 	address, ok := s.all.addresses[s.NetNS()]
 	s.all.mu.Unlock()
 	if !ok {
 		return nil, errors.New("no guest yet")
+	}
+	if port := netip.MustParseAddrPort(to).Port(); port != guestapi.Port {
+		if address = s.all.rig.port(int(port)); address == "" {
+			return nil, fmt.Errorf("dial %s: %w", to, syscall.ECONNREFUSED)
+		}
 	}
 	var d net.Dialer
 	return d.DialContext(ctx, "tcp", address)
@@ -370,28 +496,213 @@ func (s *network) Close(context.Context) error {
 	return nil
 }
 
-// disks are plain files.
-type disks struct{}
-
-type fakeDisk struct{ path string }
-
-func (disks) Create(_ context.Context, c disk.Config) (disk.Disk, error) {
-	path := filepath.Join(c.Dir, "disk")
-	return &fakeDisk{path}, os.WriteFile(path, nil, 0o600)
+// groups are control groups that the test looks into.
+type groups struct {
+	mu     sync.Mutex
+	made   map[string]*group
+	limits map[string]cgroup.Limits
 }
 
-func (disks) Restore(_ context.Context, c disk.Config) (disk.Disk, error) {
+type group struct {
+	all  *groups
+	name string
+}
+
+func (g *groups) Create(name string, l cgroup.Limits) (host.Group, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.made[name] != nil {
+		return nil, os.ErrExist
+	}
+	if g.limits == nil {
+		g.limits = map[string]cgroup.Limits{}
+	}
+	g.made[name], g.limits[name] = &group{g, name}, l
+	return g.made[name], nil
+}
+
+func (g *groups) Find(name string) host.Group { return &group{g, name} }
+
+func (g *groups) Sweep(_ context.Context, keep func(string) bool) error {
+	for _, name := range g.names() {
+		if !keep(name) {
+			_ = g.Find(name).Remove(context.Background()) // it never fails
+		}
+	}
+	return nil
+}
+
+func (g *groups) names() []string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return slices.Sorted(maps.Keys(g.made))
+}
+
+func (g *group) Path() string { return "/fake-cgroup/" + g.name }
+
+// OOMKilled: what a test calls oom, the kernel has killed.
+func (g *group) OOMKilled() (bool, error) {
+	g.all.mu.Lock()
+	defer g.all.mu.Unlock()
+	return g.all.limits[g.name].PIDs == oomPIDs && g.all.made[g.name] != nil, nil
+}
+
+const oomPIDs = -1
+
+// oomKill marks a group as one in which the kernel has killed.
+func (g *groups) oomKill(name string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.limits[name] = cgroup.Limits{PIDs: oomPIDs}
+}
+
+func (g *group) Remove(context.Context) error {
+	g.all.mu.Lock()
+	defer g.all.mu.Unlock()
+	delete(g.all.made, g.name)
+	return nil
+}
+
+// disks are plain files. What they take and what is wrong with them, the test says.
+type disks struct {
+	mu     sync.Mutex
+	sizes  map[string]int64 // by path
+	report disk.Report
+	name   string // "fake" if empty
+	kept   []string
+	bases  map[string]string // by path
+	copies string            // a folder
+}
+
+// fakeDisk is a sparse file: what the guest has written is not a hole.
+type fakeDisk struct {
+	path, base string
+	all        *disks
+}
+
+// fakeChanges are runs of the sparse file as it was.
+type fakeChanges struct {
+	*os.File
+	runs []disk.BlockRun
+}
+
+func (c fakeChanges) Runs() []disk.BlockRun { return c.runs }
+
+func (d *fakeDisk) Prepare(ctx context.Context) error { return fault.Point(ctx, "fakedisk/prepare") }
+
+// Changed lists what is no hole.
+func (d *fakeDisk) Changed(ctx context.Context) (disk.Changes, error) {
+	if err := fault.Point(ctx, "fakedisk/changed"); err != nil {
+		return nil, err
+	}
+	f, err := os.Open(d.path)
+	if err != nil {
+		return nil, err
+	}
+	runs, err := d.runs(f)
+	return fakeChanges{f, runs}, err
+}
+
+func (d *fakeDisk) runs(f *os.File) (runs []disk.BlockRun, err error) {
+	for part, err := range sparse.Data(f) {
+		if err != nil {
+			return nil, err
+		}
+		start := part.Offset / disk.BlockBytes
+		runs = append(runs, disk.BlockRun{Start: start, Blocks: (part.Offset+part.Bytes+disk.BlockBytes-1)/disk.BlockBytes - start})
+	}
+	return runs, nil
+}
+
+// Next copies the sparse file: there is no second one beneath it.
+func (d *fakeDisk) Next(ctx context.Context, _ func(context.Context, string) error) (disk.Changes, error) {
+	if err := fault.Point(ctx, "fakedisk/next"); err != nil {
+		return nil, err
+	}
+	from, err := os.Open(d.path)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = from.Close() }()
+	f, err := os.CreateTemp(d.all.copies, "")
+	if err != nil {
+		return nil, err
+	}
+	if err := sparse.CopyFile(f, from); err != nil {
+		return nil, err
+	}
+	runs, err := d.runs(f)
+	return fakeChanges{f, runs}, err
+}
+
+func (d *disks) Create(_ context.Context, c disk.Config) (disk.Disk, error) {
+	path := filepath.Join(c.Dir, "disk")
+	d.mu.Lock()
+	if d.bases == nil {
+		d.bases = map[string]string{}
+	}
+	d.bases[path] = c.Base
+	d.mu.Unlock()
+	err := os.WriteFile(path, nil, 0o600)
+	return &fakeDisk{path, c.Base, d}, errors.Join(err, os.Truncate(path, c.SizeBytes))
+}
+
+func (d *disks) Restore(_ context.Context, c disk.Config) (disk.Disk, error) {
 	path := filepath.Join(c.Dir, "disk")
 	if _, err := os.Stat(path); err != nil {
 		return nil, sandbox.WithKind(sandbox.KindNotFound, err)
 	}
-	return &fakeDisk{path}, nil
+	return &fakeDisk{path, c.Base, d}, nil
+}
+
+func (d *disks) Name() string {
+	if d.name == "" {
+		return "fake"
+	}
+	return d.name
+}
+
+func (d *disks) Sweep(_ context.Context, keep []string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.kept = keep
+	return nil
+}
+
+func (d *disks) Check(context.Context) (disk.Report, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.report, nil
+}
+
+// find makes a report the next answer of Check.
+func (d *disks) find(r disk.Report) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.report = r
+}
+
+// grow makes every disk of a sandbox's folder larger.
+func (d *disks) grow(dir string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.sizes[filepath.Join(dir, "disk")] += 1 << 20
+}
+
+func (*disks) Discard(_ context.Context, dir string) error {
+	return ignoreMissing(os.Remove(filepath.Join(dir, "disk")))
 }
 
 func (d *fakeDisk) Path() string                { return d.path }
 func (d *fakeDisk) Format() string              { return "raw" }
-func (d *fakeDisk) Allocated() (int64, error)   { return 0, nil }
 func (d *fakeDisk) Close(context.Context) error { return nil }
+
+func (d *fakeDisk) Allocated() (int64, error) {
+	d.all.mu.Lock()
+	defer d.all.mu.Unlock()
+	return 4096 + d.all.sizes[d.path], nil
+}
+
 func (d *fakeDisk) Remove(context.Context) error {
 	return errors.Join(ignoreMissing(os.Remove(d.path)))
 }

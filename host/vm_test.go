@@ -5,25 +5,39 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
+	"errors"
+	"fmt"
 	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/dormouse-sandbox/dormouse/disk"
 	"github.com/dormouse-sandbox/dormouse/disk/qcow"
 	"github.com/dormouse-sandbox/dormouse/host"
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/netns"
+	"github.com/dormouse-sandbox/dormouse/pager"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/snapshot"
 	"github.com/dormouse-sandbox/dormouse/template"
 	"github.com/dormouse-sandbox/dormouse/vmm/qemu"
 )
 
+// testInstance is in the name of everything that tests have on the machine: two
+// runs at once, of two checkouts, do not sweep each other's.
+var testInstance = fmt.Sprintf("h%04x", os.Getpid()&0xffff)
+
 // realHost opens an agent on the real mechanisms, under software emulation.
 func realHost(t *testing.T) *host.Agent {
+	t.Helper()
+	agent, _ := realHostAndTemplates(t)
+	return agent
+}
+
+func realHostAndTemplates(t *testing.T) (*host.Agent, *template.Store) {
 	t.Helper()
 	testkit.Root(t)
 	testkit.Tool(t, "qemu-system-x86_64")
@@ -42,16 +56,14 @@ func realHost(t *testing.T) *host.Agent {
 		t.Fatal(err)
 	}
 	guest := filepath.Join(dir, "dormouse-guest")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", guest, "../cmd/dormouse-guest")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
+	if err := testkit.Program("../cmd/dormouse-guest", guest); err != nil {
+		t.Fatal(err)
 	}
 	assets, err := templates.Prepare(t.Context(), guest, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	vmm, err := qemu.New(qemu.Config{Accelerator: qemu.TCG, Reason: "the test says so", Log: log})
+	vmm, err := qemu.New(qemu.Config{Accelerator: testkit.Accelerator(), Reason: "the test says so", Log: log})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -59,7 +71,7 @@ func realHost(t *testing.T) *host.Agent {
 	if err != nil {
 		t.Fatal(err)
 	}
-	networks, err := netns.Open(t.Context(), netns.Config{Instance: "htest", Prepare: 1, Log: log})
+	networks, err := netns.Open(t.Context(), netns.Config{Instance: testInstance, Prepare: 1, Log: log})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,10 +79,12 @@ func realHost(t *testing.T) *host.Agent {
 	if err != nil {
 		t.Fatal(err)
 	}
+	store, pages := realSnapshots(t, dir, runDir, log)
 	agent, err := host.Open(t.Context(), host.Config{
-		Dir: filepath.Join(dir, "host"), RunDir: runDir, Instance: "htest",
-		VMM: vmm, Disks: disks, Networks: host.Slots{Network: networks}, Templates: templates,
-		Kernel: assets.Kernel.Image, Initrd: assets.Initrd, UIDBase: 1_999_000_000, Log: log,
+		Snapshots: store, Warm: true, Images: &host.StoreImages{Store: store, Pages: pages, Dir: dir},
+		Dir: filepath.Join(dir, "host"), RunDir: runDir, Instance: testInstance,
+		VMM: vmm, Disks: []disk.Driver{disks}, Networks: host.Slots{Network: networks}, Templates: templates,
+		Kernel: assets.Kernel.Image, Initrd: assets.Initrd, UIDBase: testUIDs, Log: log,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -83,17 +97,45 @@ func realHost(t *testing.T) *host.Agent {
 		if err := agent.Close(); err != nil {
 			t.Error(err)
 		}
+		if err := errors.Join(pages.Stop(ctx), store.Close()); err != nil {
+			t.Error(err)
+		}
 		if err := networks.Close(); err != nil {
 			t.Error(err)
 		}
-		if err := netns.Remove(ctx, netns.Config{Instance: "htest"}); err != nil {
+		if err := netns.Remove(ctx, netns.Config{Instance: testInstance}); err != nil {
 			t.Error(err)
 		}
-		if err := os.RemoveAll(runDir); err != nil {
+		if err := errors.Join(os.RemoveAll(runDir), os.RemoveAll(runDir+".pages")); err != nil {
 			t.Error(err)
 		}
 	})
-	return agent
+	return agent, templates
+}
+
+// testUIDs is the first user ID of VMs.
+const testUIDs = 1_999_000_000
+
+// realSnapshots opens a store with its page server, which is the real program's.
+func realSnapshots(t *testing.T, dir, runDir string, log *slog.Logger) (*snapshot.Store, *pager.Pager) {
+	t.Helper()
+	const pagerUID = testUIDs + 60000
+	program := filepath.Join(dir, "dormouse")
+	if err := testkit.Program("../cmd/dormouse", program); err != nil {
+		t.Fatal(err)
+	}
+	at := filepath.Join(dir, "snapshots")
+	store, err := snapshot.Open(snapshot.Config{Dir: at, Group: pagerUID})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pages, err := pager.Open(t.Context(), pager.Config{
+		Dir: runDir + ".pages", Command: []string{program, "pager", "--store", at}, UID: pagerUID, GID: pagerUID, Log: log,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return store, pages
 }
 
 // openUp lets the VMM's own user pass through a test's private folders.
@@ -168,5 +210,73 @@ func TestRealVM(t *testing.T) {
 	}
 	if _, err := agent.Destroy(ctx, string(id), ""); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestRealPause takes a real VM through pauses, a snapshot and a fork: processes
+// and files go on where they were.
+func TestRealPause(t *testing.T) {
+	testkit.Require(t, "tcg", testkit.Accelerator() == "tcg", "VMs under KVM cannot be saved yet")
+	agent := realHost(t)
+	ctx := t.Context()
+	create := func(template string) sandbox.ID {
+		t.Helper()
+		id := sandbox.NewID()
+		status, err := agent.Create(ctx, host.CreateRequest{
+			ID: id, Deadline: time.Now().Add(10 * time.Minute),
+			Spec: sandbox.Spec{Template: template, VCPUs: 1, MemMiB: 512, DiskMiB: 4096},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("created (%s): %v", status.Start, status.Phases)
+		return id
+	}
+	run := func(id sandbox.ID, shell string) string {
+		t.Helper()
+		res, err := agent.Exec(ctx, string(id), host.Command{Cmd: "/bin/sh", Args: []string{"-c", shell}}, nil, 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(string(res.Stdout) + string(res.Stderr))
+	}
+	id := create("base")
+	run(id, "head -c 3000000 /dev/urandom > big; sha256sum big > sum; mkdir -p /tmp/x; echo 1 > /tmp/x/generation")
+	run(id, "nohup sh -c 'i=0; while sleep 0.1; do i=$((i+1)); echo $i > /tmp/count; done' > /dev/null 2>&1 & echo $! > /tmp/pid")
+	for generation := range 3 {
+		saved, err := agent.Pause(ctx, string(id))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("paused: %v; memory %+v, disk %+v, %d bytes", saved.Phases, saved.Memory, saved.Disk, saved.Written)
+		_, phases, err := agent.Resume(ctx, host.ResumeRequest{ID: id, Deadline: time.Now().Add(10 * time.Minute)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("resumed: %v", phases)
+		if got := run(id, "sha256sum -c sum"); got != "big: OK" {
+			t.Errorf("generation %d: %q", generation, got)
+		}
+		before := run(id, "cat /tmp/count")
+		testkit.Eventually(t, time.Minute, "the process runs on", func() bool { return run(id, "cat /tmp/count") != before })
+		run(id, "head -c 1000000 /dev/urandom >> big; sha256sum big > sum; sync")
+	}
+	info, saved, err := agent.Snapshot(ctx, string(id), "kept", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("snapshot: %v, stopped %v; %+v", saved.Phases, saved.Stopped, info)
+	run(id, "echo 2 > /tmp/x/generation; rm big; sync")
+	for _, other := range []sandbox.ID{create("kept"), create("base")} {
+		t.Logf("hostname %s", run(other, "hostname; date -u; cat /tmp/x/generation"))
+	}
+	copy := sandbox.NewID()
+	copies, saved, err := agent.Fork(ctx, string(id), []host.CreateRequest{{ID: copy, Deadline: time.Now().Add(10 * time.Minute)}})
+	if err != nil || copies[0].Err != nil {
+		t.Fatal(err, copies)
+	}
+	t.Logf("fork: %v", saved.Phases)
+	if got := run(copy, "hostname; cat /tmp/x/generation; ls big"); !strings.HasPrefix(got, string(copy)+"\n2\n") {
+		t.Errorf("the copy says %q", got)
 	}
 }

@@ -19,12 +19,14 @@ var codes = map[sandbox.Kind]connect.Code{
 	sandbox.KindNotFound:     connect.CodeNotFound,
 	sandbox.KindExists:       connect.CodeAlreadyExists,
 	sandbox.KindConflict:     connect.CodeFailedPrecondition,
+	sandbox.KindPaused:       connect.CodeFailedPrecondition,
 	sandbox.KindBusy:         connect.CodeResourceExhausted,
 	sandbox.KindTooLarge:     connect.CodeOutOfRange,
 	sandbox.KindNoSpace:      connect.CodeResourceExhausted,
 	sandbox.KindTimeout:      connect.CodeDeadlineExceeded,
 	sandbox.KindUnsupported:  connect.CodeUnimplemented,
 	sandbox.KindTransient:    connect.CodeUnavailable,
+	sandbox.KindUnanswered:   connect.CodeUnavailable,
 	sandbox.KindInternal:     connect.CodeInternal,
 }
 
@@ -41,6 +43,21 @@ func ToConnect(err error) error {
 	out := connect.NewError(codes[kind], err)
 	out.Meta().Set(kindHeader, string(kind))
 	return out
+}
+
+// Answered says whether an error that came over the wire is the host's own word,
+// that what it was asked for has not come about. Anything else, a lost connection
+// or a limit that was over, leaves open what the host does.
+func Answered(err error) bool {
+	var ce *connect.Error
+	if !errors.As(err, &ce) {
+		return false
+	}
+	switch sandbox.Kind(ce.Meta().Get(kindHeader)) {
+	case "", sandbox.KindTransient, sandbox.KindTimeout:
+		return false
+	}
+	return true
 }
 
 // FromConnect gives an error that came over the wire its Kind back.

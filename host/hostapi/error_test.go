@@ -51,6 +51,35 @@ func TestKindsCrossTheWire(t *testing.T) {
 	}
 }
 
+// TestAnsweredIsTheHostsWord: what a host says itself is told from what becomes of a
+// call on its way.
+func TestAnsweredIsTheHostsWord(t *testing.T) {
+	for _, kind := range sandbox.Kinds() {
+		_, handler := hostv1connect.NewHostServiceHandler(failing{err: sandbox.WithKind(kind, errors.New("no"))})
+		l := local(t, handler.ServeHTTP)
+		_, err := hostapi.NewClient(l.Client(), l.BaseURL()).GetHost(t.Context(), connect.NewRequest(&hostv1.GetHostRequest{}))
+		open := kind == sandbox.KindTransient || kind == sandbox.KindTimeout // it may come about yet
+		if hostapi.Answered(err) == open {
+			t.Errorf("kind %s: answered is %v", kind, !open)
+		}
+	}
+	l := local(t, func(w http.ResponseWriter, _ *http.Request) { panic(http.ErrAbortHandler) })
+	c := hostapi.NewClient(l.Client(), l.BaseURL())
+	_, err := c.GetHost(t.Context(), connect.NewRequest(&hostv1.GetHostRequest{}))
+	if err == nil || hostapi.Answered(err) {
+		t.Errorf("a connection that broke counts as an answer: %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err = c.GetHost(ctx, connect.NewRequest(&hostv1.GetHostRequest{}))
+	if err == nil || hostapi.Answered(err) {
+		t.Errorf("a call that was given up counts as an answer: %v", err)
+	}
+	if hostapi.Answered(errors.New("ours")) || hostapi.Answered(nil) {
+		t.Error("what never crossed the wire counts as an answer")
+	}
+}
+
 func arrived(t *testing.T, what string, err error, kind sandbox.Kind) {
 	t.Helper()
 	got := hostapi.FromConnect(err)

@@ -43,19 +43,15 @@ func (s *server) Exec(ctx context.Context, req *connect.Request[hostv1.ExecReque
 type execStream = connect.BidiStream[hostv1.ExecStreamRequest, hostv1.ExecStreamResponse]
 
 // ExecStream runs a command with its input and output as they come. When the
-// caller goes away the command is killed.
+// caller goes away the command is killed, unless it is kept.
 func (s *server) ExecStream(ctx context.Context, stream *execStream) error {
 	first, err := stream.Receive()
 	if err != nil {
 		return err
 	}
-	start := first.GetStart()
-	if start == nil {
-		return hostapi.ToConnect(sandbox.Errorf(sandbox.KindInvalid, "the first message of an exec stream must be start"))
-	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	p, err := s.agent.Start(ctx, start.GetId(), command(start.GetCommand()), start.GetStdin())
+	p, err := s.begin(ctx, first)
 	if err != nil {
 		return hostapi.ToConnect(err)
 	}
@@ -65,6 +61,9 @@ func (s *server) ExecStream(ctx context.Context, stream *execStream) error {
 		Started: &hostv1.ExecStreamResponse_Started{Pid: p.PID()},
 	}}); err != nil {
 		return err
+	}
+	if first.GetStart().GetKeep() {
+		p.Keep() // from here on its caller knows what to look for
 	}
 	go func() { // ends with the stream, which ends with this call
 		if err := input(stream, p); err != nil {
@@ -77,6 +76,34 @@ func (s *server) ExecStream(ctx context.Context, stream *execStream) error {
 	}
 	ended = true
 	return stream.Send(&hostv1.ExecStreamResponse{Message: &hostv1.ExecStreamResponse_End{End: encodeEnd(end)}})
+}
+
+// begin starts a command, or follows one that runs.
+func (s *server) begin(ctx context.Context, first *hostv1.ExecStreamRequest) (*host.Process, error) {
+	switch m := first.GetMessage().(type) {
+	case *hostv1.ExecStreamRequest_Start_:
+		c := command(m.Start.GetCommand())
+		if m.Start.GetTerminal() != nil {
+			size := terminal(m.Start.GetTerminal())
+			c.Terminal = &size
+		}
+		if m.Start.GetKeep() && c.Timeout > 0 {
+			return nil, sandbox.Errorf(sandbox.KindInvalid, "a command that is kept cannot have a timeout: who would wait for it may be gone")
+		}
+		return s.agent.Start(ctx, m.Start.GetId(), c, m.Start.GetStdin())
+	case *hostv1.ExecStreamRequest_Attach_:
+		return s.agent.Attach(ctx, m.Attach.GetId(), m.Attach.GetPid(), terminal(m.Attach.GetTerminal()))
+	}
+	return nil, sandbox.Errorf(sandbox.KindInvalid, "the first message of an exec stream must be start or attach")
+}
+
+func terminal(m *hostv1.Terminal) host.Terminal {
+	return host.Terminal{Cols: m.GetCols(), Rows: m.GetRows()}
+}
+
+func (s *server) SignalCommand(ctx context.Context, req *connect.Request[hostv1.SignalCommandRequest]) (*connect.Response[hostv1.SignalCommandResponse], error) {
+	m := req.Msg
+	return answer(&hostv1.SignalCommandResponse{}, s.agent.Signal(ctx, m.GetId(), m.GetPid(), m.GetSignal()))
 }
 
 // input passes the caller's messages on. It returns an error when the caller is
@@ -99,6 +126,8 @@ func input(stream *execStream, p *host.Process) error {
 			_ = p.CloseInput()
 		case *hostv1.ExecStreamRequest_Kill_:
 			_ = p.Kill(m.Kill.GetSignal())
+		case *hostv1.ExecStreamRequest_Resize:
+			_ = p.Resize(terminal(m.Resize))
 		}
 	}
 }

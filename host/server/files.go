@@ -116,3 +116,18 @@ func (p *pieces) Read(b []byte) (int, error) {
 	p.rest = p.rest[n:]
 	return n, nil
 }
+
+func (s *server) WatchDir(ctx context.Context, req *connect.Request[hostv1.WatchDirRequest], stream *connect.ServerStream[hostv1.WatchDirResponse]) error {
+	m := req.Msg
+	lost, err := s.agent.Watch(ctx, host.FileRef{ID: m.GetId(), Path: m.GetPath(), User: m.GetUser()}, m.GetRecursive(),
+		func() error {
+			return stream.Send(&hostv1.WatchDirResponse{Message: &hostv1.WatchDirResponse_Started_{Started: &hostv1.WatchDirResponse_Started{}}})
+		},
+		func(e host.FileEvent) error {
+			return stream.Send(&hostv1.WatchDirResponse{Message: &hostv1.WatchDirResponse_Event{Event: &hostv1.FileEvent{Type: e.Type, Name: e.Name}}})
+		})
+	if lost {
+		return stream.Send(&hostv1.WatchDirResponse{Message: &hostv1.WatchDirResponse_Lost_{Lost: &hostv1.WatchDirResponse_Lost{}}})
+	}
+	return hostapi.ToConnect(err)
+}

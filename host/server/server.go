@@ -42,6 +42,7 @@ func (s *server) GetHost(context.Context, *connect.Request[hostv1.GetHostRequest
 		Vmm: d.VMM.Driver, Accelerator: d.VMM.Accelerator, AcceleratorReason: d.VMM.Reason, Cpus: uint32(d.CPUs),
 		MemTotalMib: uint64(d.MemTotalMiB), MemAvailableMib: uint64(d.MemFreeMiB), MemCommittedMib: uint64(d.MemPromisedMiB),
 		DiskFreeMib: uint64(d.DiskFreeMiB), Sandboxes: uint32(d.Sandboxes), MaxSandboxes: uint32(d.MaxSandboxes),
+		DiskDriver: d.Disks, DiskReason: d.DiskReason, Cgroup: d.Groups, CgroupReason: d.GroupsReason, Damage: d.Damage,
 	}, nil)
 }
 
@@ -50,6 +51,7 @@ func (s *server) CreateSandbox(ctx context.Context, req *connect.Request[hostv1.
 	if err != nil {
 		return nil, hostapi.ToConnect(err)
 	}
+	create.NoStart = req.Msg.GetNoStart()
 	status, err := s.agent.Create(ctx, create)
 	return answer(&hostv1.CreateSandboxResponse{Status: encodeStatus(status)}, err)
 }
@@ -60,10 +62,10 @@ func createRequest(m *hostv1.SandboxSpec) (host.CreateRequest, error) {
 		return host.CreateRequest{}, err
 	}
 	if m.GetDeadline() == nil || m.GetDeadline().CheckValid() != nil {
-		return host.CreateRequest{}, sandbox.Errorf(sandbox.KindInvalid, "deadline is missing or not a time")
+		return host.CreateRequest{}, errNoDeadline
 	}
 	return host.CreateRequest{
-		ID: id, Hostname: m.GetHostname(), Deadline: m.GetDeadline().AsTime(),
+		ID: id, Hostname: m.GetHostname(), Deadline: m.GetDeadline().AsTime(), AutoPause: time.Duration(m.GetAutoPauseNanos()),
 		Spec: sandbox.Spec{
 			Template: m.GetTemplate(), VCPUs: bounded(m.GetVcpus()), MemMiB: bounded(m.GetMemMib()), DiskMiB: bounded(m.GetDiskMib()),
 			Env: m.GetEnv(), Network: sandbox.Network{Internet: m.GetNetwork().GetInternet()},
@@ -92,10 +94,18 @@ func (s *server) AcknowledgeEnded(_ context.Context, req *connect.Request[hostv1
 }
 
 func (s *server) SetDeadline(_ context.Context, req *connect.Request[hostv1.SetDeadlineRequest]) (*connect.Response[hostv1.SetDeadlineResponse], error) {
-	if req.Msg.GetDeadline().CheckValid() != nil {
-		return nil, hostapi.ToConnect(sandbox.Errorf(sandbox.KindInvalid, "deadline is missing or not a time"))
+	change := host.Limits{}
+	if t := req.Msg.GetDeadline(); t != nil {
+		if t.CheckValid() != nil {
+			return nil, hostapi.ToConnect(errNoDeadline)
+		}
+		change.Deadline = t.AsTime()
 	}
-	return answer(&hostv1.SetDeadlineResponse{}, s.agent.SetDeadline(req.Msg.GetId(), req.Msg.GetDeadline().AsTime()))
+	if req.Msg.AutoPauseNanos != nil {
+		after := time.Duration(req.Msg.GetAutoPauseNanos())
+		change.AutoPause = &after
+	}
+	return answer(&hostv1.SetDeadlineResponse{}, s.agent.SetLimits(req.Msg.GetId(), change))
 }
 
 func (s *server) PingSandbox(ctx context.Context, req *connect.Request[hostv1.PingSandboxRequest]) (*connect.Response[hostv1.PingSandboxResponse], error) {
@@ -123,16 +133,14 @@ func (s *server) ListTemplates(context.Context, *connect.Request[hostv1.ListTemp
 	templates, err := s.agent.Templates()
 	out := &hostv1.ListTemplatesResponse{}
 	for _, t := range templates {
-		out.Templates = append(out.Templates, &hostv1.Template{
-			Name: t.Name, Digest: t.Digest, SizeBytes: uint64(t.AllocatedBytes), MinDiskMib: uint32((t.ImageBytes + 1<<20 - 1) >> 20),
-			DefaultUser: t.DefaultUser, DefaultWorkdir: t.DefaultWorkdir, BuiltAt: timestamppb.New(t.BuiltAt),
-		})
+		out.Templates = append(out.Templates, encodeTemplate(t))
 	}
 	return answer(out, err)
 }
 
 var states = map[string]hostv1.State{
 	"creating": hostv1.State_STATE_CREATING, "running": hostv1.State_STATE_RUNNING,
+	"pausing": hostv1.State_STATE_PAUSING, "paused": hostv1.State_STATE_PAUSED, "resuming": hostv1.State_STATE_RESUMING,
 	"destroying": hostv1.State_STATE_DESTROYING, "ended": hostv1.State_STATE_ENDED,
 }
 
@@ -142,17 +150,22 @@ func encodeStatus(s host.Status) *hostv1.SandboxStatus {
 	}
 	out := &hostv1.SandboxStatus{
 		State: states[s.State], Cause: string(s.Cause), CauseDetail: s.Detail, CreatedAt: timestamppb.New(s.CreatedAt),
+		Frozen: string(s.Frozen),
 		Spec: &hostv1.SandboxSpec{
 			Id: string(s.ID), Template: s.Spec.Template, Vcpus: uint32(s.Spec.VCPUs), MemMib: uint32(s.Spec.MemMiB),
 			DiskMib: uint32(s.Spec.DiskMiB), Network: &hostv1.NetworkPolicy{Internet: s.Spec.Network.Internet},
-			Deadline: timestamppb.New(s.Deadline), Hostname: s.Hostname,
+			Deadline: timestamppb.New(s.Deadline), Hostname: s.Hostname, AutoPauseNanos: s.AutoPause.Nanoseconds(),
 		},
+		Saved: encodePoint(s.Point), PauseReason: string(s.PausedBy), AutoPauseError: s.AutoPauseError, Start: string(s.Start),
 	}
-	if !s.EndedAt.IsZero() {
-		out.EndedAt = timestamppb.New(s.EndedAt)
+	for _, at := range []struct {
+		when time.Time
+		to   **timestamppb.Timestamp
+	}{{s.EndedAt, &out.EndedAt}, {s.PausedAt, &out.PausedAt}, {s.IdleSince, &out.IdleSince}} {
+		if !at.when.IsZero() {
+			*at.to = timestamppb.New(at.when)
+		}
 	}
-	for _, p := range s.Phases {
-		out.Phases = append(out.Phases, &hostv1.Phase{Name: p.Name, Nanos: p.Took.Nanoseconds()})
-	}
+	out.Phases = encodePhases(s.Phases)
 	return out
 }

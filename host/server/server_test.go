@@ -39,14 +39,31 @@ func (x touched) Adopt(context.Context, int) (host.Network, error) {
 }
 func (touched) Sweep(context.Context) error { return nil }
 
-func (x touched) Create(context.Context, disk.Config) (disk.Disk, error) {
+// touchedDisks are its disks.
+type touchedDisks struct{ touched }
+
+func (touchedDisks) Name() string                               { return "none" }
+func (touchedDisks) Sweep(context.Context, []string) error      { return nil }
+func (touchedDisks) Check(context.Context) (disk.Report, error) { return disk.Report{}, nil }
+
+func (x touchedDisks) Discard(context.Context, string) error {
+	x.t.Error("a disk was discarded")
+	return errors.New("no disks here")
+}
+
+func (x touchedDisks) Create(context.Context, disk.Config) (disk.Disk, error) {
 	x.t.Error("a disk was created")
 	return nil, errors.New("not here")
 }
 
-func (x touched) Restore(context.Context, disk.Config) (disk.Disk, error) {
+func (x touchedDisks) Restore(context.Context, disk.Config) (disk.Disk, error) {
 	x.t.Error("a disk was restored")
 	return nil, errors.New("not here")
+}
+
+func (x touched) Log(name string) ([]byte, error) {
+	_, err := x.Get(name)
+	return nil, err
 }
 
 func (x touched) Get(name string) (template.Template, error) {
@@ -71,7 +88,7 @@ func open(t *testing.T) (client hostv1connect.HostServiceClient, dir string) {
 	x := touched{t}
 	agent, err := host.Open(t.Context(), host.Config{
 		Dir: filepath.Join(dir, "host"), RunDir: filepath.Join(dir, "run"), Instance: "test1",
-		VMM: vmmfake.New(vmmfake.Idle), Disks: x, Networks: x, Templates: x,
+		VMM: vmmfake.New(vmmfake.Idle), Disks: []disk.Driver{touchedDisks{x}}, Networks: x, Templates: x,
 		Kernel: filepath.Join(dir, "kernel"), Initrd: filepath.Join(dir, "initrd"), BootID: "fake-boot", MinFreeMiB: 1,
 	})
 	if err != nil {
@@ -132,7 +149,20 @@ func calls(ctx context.Context, c hostv1connect.HostServiceClient, id string) ma
 		"RemoveFile": func() error { return unary(ctx, c.RemoveFile, &hostv1.RemoveFileRequest{Id: id, Path: "/x"}) },
 		"ReadFile":   func() error { return readFile(ctx, c, &hostv1.ReadFileRequest{Id: id, Path: "/x"}) },
 		"WriteFile":  func() error { return writeFile(ctx, c, &hostv1.WriteFileRequest_Start{Id: id, Path: "/x"}) },
-		"ExecStream": func() error { return execStream(ctx, c, &hostv1.ExecStreamRequest_Start{Id: id, Command: command}) },
+		"WatchDir":   func() error { return watchDir(ctx, c, &hostv1.WatchDirRequest{Id: id, Path: "/x"}) },
+		"OpenPort":   func() error { return openPort(ctx, c, id) },
+		"ExecStream": func() error {
+			return execStream(ctx, c, start(&hostv1.ExecStreamRequest_Start{Id: id, Command: command}))
+		},
+		"a terminal": func() error {
+			return execStream(ctx, c, start(&hostv1.ExecStreamRequest_Start{Id: id, Command: command, Terminal: &hostv1.Terminal{}, Keep: true}))
+		},
+		"attach": func() error {
+			return execStream(ctx, c, &hostv1.ExecStreamRequest{Message: &hostv1.ExecStreamRequest_Attach_{Attach: &hostv1.ExecStreamRequest_Attach{Id: id, Pid: 1}}})
+		},
+		"SignalCommand": func() error {
+			return unary(ctx, c.SignalCommand, &hostv1.SignalCommandRequest{Id: id, Pid: 1, Signal: 9})
+		},
 	}
 }
 
@@ -155,6 +185,16 @@ func readFile(ctx context.Context, c hostv1connect.HostServiceClient, req *hostv
 	return errors.Join(stream.Err(), stream.Close())
 }
 
+func watchDir(ctx context.Context, c hostv1connect.HostServiceClient, req *hostv1.WatchDirRequest) error {
+	stream, err := c.WatchDir(ctx, connect.NewRequest(req))
+	if err != nil {
+		return err
+	}
+	for stream.Receive() {
+	}
+	return errors.Join(stream.Err(), stream.Close())
+}
+
 func writeFile(ctx context.Context, c hostv1connect.HostServiceClient, start *hostv1.WriteFileRequest_Start) error {
 	stream := c.WriteFile(ctx)
 	_ = stream.Send(&hostv1.WriteFileRequest{Message: &hostv1.WriteFileRequest_Start_{Start: start}}) // the answer has the reason
@@ -162,13 +202,25 @@ func writeFile(ctx context.Context, c hostv1connect.HostServiceClient, start *ho
 	return err
 }
 
-func execStream(ctx context.Context, c hostv1connect.HostServiceClient, start *hostv1.ExecStreamRequest_Start) error {
+func start(m *hostv1.ExecStreamRequest_Start) *hostv1.ExecStreamRequest {
+	return &hostv1.ExecStreamRequest{Message: &hostv1.ExecStreamRequest_Start_{Start: m}}
+}
+
+func execStream(ctx context.Context, c hostv1connect.HostServiceClient, first *hostv1.ExecStreamRequest) error {
 	stream := c.ExecStream(ctx)
-	_ = stream.Send(&hostv1.ExecStreamRequest{Message: &hostv1.ExecStreamRequest_Start_{Start: start}}) // the answer has the reason
+	_ = stream.Send(first) // the answer has the reason
 	_, err := stream.Receive()
 	_ = stream.CloseRequest()  // it is over
 	_ = stream.CloseResponse() // likewise
 	return err
+}
+
+func openPort(ctx context.Context, c hostv1connect.HostServiceClient, id string) error {
+	conn, err := hostapi.OpenPort(ctx, c, id, 8000)
+	if err != nil {
+		return hostapi.ToConnect(err) // as the others come
+	}
+	return conn.Close()
 }
 
 // refused checks that an error is of a kind and names the thing.
@@ -235,15 +287,23 @@ func TestNamesThatClimb(t *testing.T) {
 		refused(t, "env name "+name, spec(func(s *hostv1.SandboxSpec) { s.Env = map[string]string{name + ".": "x"} }), sandbox.KindInvalid, "env")
 		refused(t, "stat as "+name, unary(ctx, c.StatFile, &hostv1.StatFileRequest{Id: valid, Path: "/x", User: name}), sandbox.KindInvalid, "user name")
 		refused(t, "read as "+name, readFile(ctx, c, &hostv1.ReadFileRequest{Id: valid, Path: "/x", User: name}), sandbox.KindInvalid, "user name")
+		refused(t, "watch as "+name, watchDir(ctx, c, &hostv1.WatchDirRequest{Id: valid, Path: "/x", User: name}), sandbox.KindInvalid, "user name")
 		refused(t, "write as "+name, writeFile(ctx, c, &hostv1.WriteFileRequest_Start{Id: valid, Path: "/x", User: name}), sandbox.KindInvalid, "user name")
 		refused(t, "exec as "+name, unary(ctx, c.Exec, &hostv1.ExecRequest{Id: valid, Command: &hostv1.Command{Cmd: "true", User: name}}), sandbox.KindInvalid, "user name")
 	}
 	for _, path := range []string{"", "a\x00b", strings.Repeat("a", 4097)} {
 		refused(t, "read", readFile(ctx, c, &hostv1.ReadFileRequest{Id: valid, Path: path}), sandbox.KindInvalid, "path")
+		refused(t, "watch", watchDir(ctx, c, &hostv1.WatchDirRequest{Id: valid, Path: path}), sandbox.KindInvalid, "path")
 		refused(t, "write", writeFile(ctx, c, &hostv1.WriteFileRequest_Start{Id: valid, Path: path}), sandbox.KindInvalid, "path")
 		refused(t, "remove", unary(ctx, c.RemoveFile, &hostv1.RemoveFileRequest{Id: valid, Path: path}), sandbox.KindInvalid, "path")
 		refused(t, "move to", unary(ctx, c.MoveFile, &hostv1.MoveFileRequest{Id: valid, Source: "/x", Destination: path}), sandbox.KindInvalid, "path")
 	}
+	huge, timed := &hostv1.Terminal{Cols: 1 << 16}, &hostv1.Command{Cmd: "true", TimeoutNanos: 1}
+	run := func(m *hostv1.ExecStreamRequest_Start) error { return execStream(ctx, c, start(m)) }
+	refused(t, "a wide terminal", run(&hostv1.ExecStreamRequest_Start{Id: valid, Command: &hostv1.Command{Cmd: "true"}, Terminal: huge}), sandbox.KindInvalid, "65536 columns")
+	refused(t, "kept for a time", run(&hostv1.ExecStreamRequest_Start{Id: valid, Command: timed, Keep: true}), sandbox.KindInvalid, "timeout")
+	refused(t, "input first", execStream(ctx, c, &hostv1.ExecStreamRequest{}), sandbox.KindInvalid, "start or attach")
+	refused(t, "signal 1", unary(ctx, c.SignalCommand, &hostv1.SignalCommandRequest{Id: valid, Pid: 7, Signal: 1}), sandbox.KindInvalid, "only 9 and 15")
 	for what, change := range map[string]func(*hostv1.SandboxSpec){
 		"vcpus is 0":       func(s *hostv1.SandboxSpec) { s.Vcpus = 0 },
 		"vcpus is 1000":    func(s *hostv1.SandboxSpec) { s.Vcpus = 1000 },

@@ -33,6 +33,9 @@ const (
 	State_STATE_RUNNING     State = 2
 	State_STATE_DESTROYING  State = 3
 	State_STATE_ENDED       State = 4
+	State_STATE_PAUSING     State = 5
+	State_STATE_PAUSED      State = 6
+	State_STATE_RESUMING    State = 7
 )
 
 // Enum value maps for State.
@@ -43,6 +46,9 @@ var (
 		2: "STATE_RUNNING",
 		3: "STATE_DESTROYING",
 		4: "STATE_ENDED",
+		5: "STATE_PAUSING",
+		6: "STATE_PAUSED",
+		7: "STATE_RESUMING",
 	}
 	State_value = map[string]int32{
 		"STATE_UNSPECIFIED": 0,
@@ -50,6 +56,9 @@ var (
 		"STATE_RUNNING":     2,
 		"STATE_DESTROYING":  3,
 		"STATE_ENDED":       4,
+		"STATE_PAUSING":     5,
+		"STATE_PAUSED":      6,
+		"STATE_RESUMING":    7,
 	}
 )
 
@@ -131,8 +140,14 @@ type GetHostResponse struct {
 	Sandboxes         uint32                 `protobuf:"varint,11,opt,name=sandboxes,proto3" json:"sandboxes,omitempty"`
 	MaxSandboxes      uint32                 `protobuf:"varint,12,opt,name=max_sandboxes,json=maxSandboxes,proto3" json:"max_sandboxes,omitempty"`
 	Instance          string                 `protobuf:"bytes,13,opt,name=instance,proto3" json:"instance,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	DiskDriver        string                 `protobuf:"bytes,14,opt,name=disk_driver,json=diskDriver,proto3" json:"disk_driver,omitempty"` // of new disks: "dm" or "qcow"
+	DiskReason        string                 `protobuf:"bytes,15,opt,name=disk_reason,json=diskReason,proto3" json:"disk_reason,omitempty"`
+	Cgroup            bool                   `protobuf:"varint,16,opt,name=cgroup,proto3" json:"cgroup,omitempty"` // whether each VMM has a control group
+	CgroupReason      string                 `protobuf:"bytes,17,opt,name=cgroup_reason,json=cgroupReason,proto3" json:"cgroup_reason,omitempty"`
+	// Blocks of images that are not what they were, in words.
+	Damage        []string `protobuf:"bytes,18,rep,name=damage,proto3" json:"damage,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetHostResponse) Reset() {
@@ -256,6 +271,41 @@ func (x *GetHostResponse) GetInstance() string {
 	return ""
 }
 
+func (x *GetHostResponse) GetDiskDriver() string {
+	if x != nil {
+		return x.DiskDriver
+	}
+	return ""
+}
+
+func (x *GetHostResponse) GetDiskReason() string {
+	if x != nil {
+		return x.DiskReason
+	}
+	return ""
+}
+
+func (x *GetHostResponse) GetCgroup() bool {
+	if x != nil {
+		return x.Cgroup
+	}
+	return false
+}
+
+func (x *GetHostResponse) GetCgroupReason() string {
+	if x != nil {
+		return x.CgroupReason
+	}
+	return ""
+}
+
+func (x *GetHostResponse) GetDamage() []string {
+	if x != nil {
+		return x.Damage
+	}
+	return nil
+}
+
 type NetworkPolicy struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Whether the guest may open connections to public addresses.
@@ -302,18 +352,26 @@ func (x *NetworkPolicy) GetInternet() bool {
 }
 
 type SandboxSpec struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Template      string                 `protobuf:"bytes,2,opt,name=template,proto3" json:"template,omitempty"`
-	Vcpus         uint32                 `protobuf:"varint,3,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
-	MemMib        uint32                 `protobuf:"varint,4,opt,name=mem_mib,json=memMib,proto3" json:"mem_mib,omitempty"`
-	DiskMib       uint32                 `protobuf:"varint,5,opt,name=disk_mib,json=diskMib,proto3" json:"disk_mib,omitempty"`
-	Env           map[string]string      `protobuf:"bytes,6,rep,name=env,proto3" json:"env,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Network       *NetworkPolicy         `protobuf:"bytes,7,opt,name=network,proto3" json:"network,omitempty"`
-	Deadline      *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=deadline,proto3" json:"deadline,omitempty"`
-	Hostname      string                 `protobuf:"bytes,9,opt,name=hostname,proto3" json:"hostname,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The name of a template or of a snapshot: they share their names. Of a snapshot
+	// the shape is locked: other figures are refused with both (kind invalid).
+	Template string                 `protobuf:"bytes,2,opt,name=template,proto3" json:"template,omitempty"`
+	Vcpus    uint32                 `protobuf:"varint,3,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
+	MemMib   uint32                 `protobuf:"varint,4,opt,name=mem_mib,json=memMib,proto3" json:"mem_mib,omitempty"`
+	DiskMib  uint32                 `protobuf:"varint,5,opt,name=disk_mib,json=diskMib,proto3" json:"disk_mib,omitempty"`
+	Env      map[string]string      `protobuf:"bytes,6,rep,name=env,proto3" json:"env,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Network  *NetworkPolicy         `protobuf:"bytes,7,opt,name=network,proto3" json:"network,omitempty"`
+	Deadline *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=deadline,proto3" json:"deadline,omitempty"` // of its running; a paused one has none
+	Hostname string                 `protobuf:"bytes,9,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	// The host pauses the sandbox by itself after this long without activity; 0:
+	// never. Activity is a command that runs, an open stream, terminal, watch,
+	// transfer or connection to a port, for as long as it lasts, and a ping. Asking
+	// for status, metrics or the console is none. An automatic pause that fails is
+	// tried again, later each time, and ends nothing.
+	AutoPauseNanos int64 `protobuf:"varint,10,opt,name=auto_pause_nanos,json=autoPauseNanos,proto3" json:"auto_pause_nanos,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *SandboxSpec) Reset() {
@@ -409,6 +467,13 @@ func (x *SandboxSpec) GetHostname() string {
 	return ""
 }
 
+func (x *SandboxSpec) GetAutoPauseNanos() int64 {
+	if x != nil {
+		return x.AutoPauseNanos
+	}
+	return 0
+}
+
 type SandboxStatus struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	Spec        *SandboxSpec           `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"`
@@ -418,7 +483,20 @@ type SandboxStatus struct {
 	CreatedAt   *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
 	EndedAt     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=ended_at,json=endedAt,proto3" json:"ended_at,omitempty"`
 	// How long each step of the create took, in order.
-	Phases        []*Phase `protobuf:"bytes,7,rep,name=phases,proto3" json:"phases,omitempty"`
+	Phases []*Phase `protobuf:"bytes,7,rep,name=phases,proto3" json:"phases,omitempty"`
+	// Why a running sandbox stands still for now: one of sandbox.Freeze, or empty.
+	Frozen string `protobuf:"bytes,8,opt,name=frozen,proto3" json:"frozen,omitempty"`
+	// The pause point: of a paused sandbox where it goes on, of another one the last
+	// that is kept. Absent: there is none.
+	Saved       *Saved                 `protobuf:"bytes,9,opt,name=saved,proto3" json:"saved,omitempty"`
+	PausedAt    *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=paused_at,json=pausedAt,proto3" json:"paused_at,omitempty"`          // of a paused one
+	PauseReason string                 `protobuf:"bytes,11,opt,name=pause_reason,json=pauseReason,proto3" json:"pause_reason,omitempty"` // of a paused one: one of sandbox.PauseReason
+	// Since when nothing is active in a running sandbox; absent while something is.
+	IdleSince *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=idle_since,json=idleSince,proto3" json:"idle_since,omitempty"`
+	// Why its last automatic pause failed; empty after one that did not.
+	AutoPauseError string `protobuf:"bytes,13,opt,name=auto_pause_error,json=autoPauseError,proto3" json:"auto_pause_error,omitempty"`
+	// How it last came to run: one of sandbox.Start.
+	Start         string `protobuf:"bytes,14,opt,name=start,proto3" json:"start,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -502,6 +580,297 @@ func (x *SandboxStatus) GetPhases() []*Phase {
 	return nil
 }
 
+func (x *SandboxStatus) GetFrozen() string {
+	if x != nil {
+		return x.Frozen
+	}
+	return ""
+}
+
+func (x *SandboxStatus) GetSaved() *Saved {
+	if x != nil {
+		return x.Saved
+	}
+	return nil
+}
+
+func (x *SandboxStatus) GetPausedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.PausedAt
+	}
+	return nil
+}
+
+func (x *SandboxStatus) GetPauseReason() string {
+	if x != nil {
+		return x.PauseReason
+	}
+	return ""
+}
+
+func (x *SandboxStatus) GetIdleSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.IdleSince
+	}
+	return nil
+}
+
+func (x *SandboxStatus) GetAutoPauseError() string {
+	if x != nil {
+		return x.AutoPauseError
+	}
+	return ""
+}
+
+func (x *SandboxStatus) GetStart() string {
+	if x != nil {
+		return x.Start
+	}
+	return ""
+}
+
+// Saved describes a memory and a disk that are kept: a pause point or a snapshot.
+type Saved struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What it takes to run it. It is locked.
+	Vcpus   uint32 `protobuf:"varint,1,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
+	MemMib  uint32 `protobuf:"varint,2,opt,name=mem_mib,json=memMib,proto3" json:"mem_mib,omitempty"`
+	DiskMib uint32 `protobuf:"varint,3,opt,name=disk_mib,json=diskMib,proto3" json:"disk_mib,omitempty"`
+	Compat  string `protobuf:"bytes,4,opt,name=compat,proto3" json:"compat,omitempty"` // vmm.Capabilities.Compat of who saved it
+	// How many diffs lie between it and the first of its line.
+	Generation   uint32 `protobuf:"varint,5,opt,name=generation,proto3" json:"generation,omitempty"`
+	MemoryDigest string `protobuf:"bytes,6,opt,name=memory_digest,json=memoryDigest,proto3" json:"memory_digest,omitempty"` // of the manifests
+	DiskDigest   string `protobuf:"bytes,7,opt,name=disk_digest,json=diskDigest,proto3" json:"disk_digest,omitempty"`
+	ParentDigest string `protobuf:"bytes,8,opt,name=parent_digest,json=parentDigest,proto3" json:"parent_digest,omitempty"` // of the parent's manifest of memory; empty: it has none
+	// Allocated bytes of all that it consists of, what it shares with others too.
+	MemoryBytes   uint64                 `protobuf:"varint,9,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	DiskBytes     uint64                 `protobuf:"varint,10,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	OwnBytes      uint64                 `protobuf:"varint,11,opt,name=own_bytes,json=ownBytes,proto3" json:"own_bytes,omitempty"` // of these, what was written for it
+	Durability    string                 `protobuf:"bytes,12,opt,name=durability,proto3" json:"durability,omitempty"`              // one of sandbox.Durability
+	At            *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=at,proto3" json:"at,omitempty"`                              // the moment that it holds
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Saved) Reset() {
+	*x = Saved{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Saved) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Saved) ProtoMessage() {}
+
+func (x *Saved) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Saved.ProtoReflect.Descriptor instead.
+func (*Saved) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Saved) GetVcpus() uint32 {
+	if x != nil {
+		return x.Vcpus
+	}
+	return 0
+}
+
+func (x *Saved) GetMemMib() uint32 {
+	if x != nil {
+		return x.MemMib
+	}
+	return 0
+}
+
+func (x *Saved) GetDiskMib() uint32 {
+	if x != nil {
+		return x.DiskMib
+	}
+	return 0
+}
+
+func (x *Saved) GetCompat() string {
+	if x != nil {
+		return x.Compat
+	}
+	return ""
+}
+
+func (x *Saved) GetGeneration() uint32 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *Saved) GetMemoryDigest() string {
+	if x != nil {
+		return x.MemoryDigest
+	}
+	return ""
+}
+
+func (x *Saved) GetDiskDigest() string {
+	if x != nil {
+		return x.DiskDigest
+	}
+	return ""
+}
+
+func (x *Saved) GetParentDigest() string {
+	if x != nil {
+		return x.ParentDigest
+	}
+	return ""
+}
+
+func (x *Saved) GetMemoryBytes() uint64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *Saved) GetDiskBytes() uint64 {
+	if x != nil {
+		return x.DiskBytes
+	}
+	return 0
+}
+
+func (x *Saved) GetOwnBytes() uint64 {
+	if x != nil {
+		return x.OwnBytes
+	}
+	return 0
+}
+
+func (x *Saved) GetDurability() string {
+	if x != nil {
+		return x.Durability
+	}
+	return ""
+}
+
+func (x *Saved) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+// SaveReport says what saving cost.
+type SaveReport struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The names are those of sandbox.SavePhases, in order; a phase that was not
+	// needed is left out.
+	Phases []*Phase `protobuf:"bytes,1,rep,name=phases,proto3" json:"phases,omitempty"`
+	// How long the guest stood still, where it runs on.
+	StoppedNanos int64 `protobuf:"varint,2,opt,name=stopped_nanos,json=stoppedNanos,proto3" json:"stopped_nanos,omitempty"`
+	// What had changed, after what is equal to the parent's was dropped.
+	ChangedPages  uint64 `protobuf:"varint,3,opt,name=changed_pages,json=changedPages,proto3" json:"changed_pages,omitempty"`
+	ChangedBlocks uint64 `protobuf:"varint,4,opt,name=changed_blocks,json=changedBlocks,proto3" json:"changed_blocks,omitempty"`
+	// What was looked at to find that.
+	DirtyPages    uint64 `protobuf:"varint,5,opt,name=dirty_pages,json=dirtyPages,proto3" json:"dirty_pages,omitempty"`
+	DirtyBlocks   uint64 `protobuf:"varint,6,opt,name=dirty_blocks,json=dirtyBlocks,proto3" json:"dirty_blocks,omitempty"`
+	BytesWritten  uint64 `protobuf:"varint,7,opt,name=bytes_written,json=bytesWritten,proto3" json:"bytes_written,omitempty"` // allocated, manifests and device state included
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveReport) Reset() {
+	*x = SaveReport{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveReport) ProtoMessage() {}
+
+func (x *SaveReport) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveReport.ProtoReflect.Descriptor instead.
+func (*SaveReport) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *SaveReport) GetPhases() []*Phase {
+	if x != nil {
+		return x.Phases
+	}
+	return nil
+}
+
+func (x *SaveReport) GetStoppedNanos() int64 {
+	if x != nil {
+		return x.StoppedNanos
+	}
+	return 0
+}
+
+func (x *SaveReport) GetChangedPages() uint64 {
+	if x != nil {
+		return x.ChangedPages
+	}
+	return 0
+}
+
+func (x *SaveReport) GetChangedBlocks() uint64 {
+	if x != nil {
+		return x.ChangedBlocks
+	}
+	return 0
+}
+
+func (x *SaveReport) GetDirtyPages() uint64 {
+	if x != nil {
+		return x.DirtyPages
+	}
+	return 0
+}
+
+func (x *SaveReport) GetDirtyBlocks() uint64 {
+	if x != nil {
+		return x.DirtyBlocks
+	}
+	return 0
+}
+
+func (x *SaveReport) GetBytesWritten() uint64 {
+	if x != nil {
+		return x.BytesWritten
+	}
+	return 0
+}
+
 type Phase struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -512,7 +881,7 @@ type Phase struct {
 
 func (x *Phase) Reset() {
 	*x = Phase{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[5]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -524,7 +893,7 @@ func (x *Phase) String() string {
 func (*Phase) ProtoMessage() {}
 
 func (x *Phase) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[5]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -537,7 +906,7 @@ func (x *Phase) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Phase.ProtoReflect.Descriptor instead.
 func (*Phase) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{5}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Phase) GetName() string {
@@ -555,15 +924,17 @@ func (x *Phase) GetNanos() int64 {
 }
 
 type CreateSandboxRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Spec          *SandboxSpec           `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Spec  *SandboxSpec           `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"`
+	// Leaves the template's start command and its health check alone.
+	NoStart       bool `protobuf:"varint,2,opt,name=no_start,json=noStart,proto3" json:"no_start,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateSandboxRequest) Reset() {
 	*x = CreateSandboxRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[6]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -575,7 +946,7 @@ func (x *CreateSandboxRequest) String() string {
 func (*CreateSandboxRequest) ProtoMessage() {}
 
 func (x *CreateSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[6]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -588,7 +959,7 @@ func (x *CreateSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSandboxRequest.ProtoReflect.Descriptor instead.
 func (*CreateSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{6}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *CreateSandboxRequest) GetSpec() *SandboxSpec {
@@ -596,6 +967,13 @@ func (x *CreateSandboxRequest) GetSpec() *SandboxSpec {
 		return x.Spec
 	}
 	return nil
+}
+
+func (x *CreateSandboxRequest) GetNoStart() bool {
+	if x != nil {
+		return x.NoStart
+	}
+	return false
 }
 
 type CreateSandboxResponse struct {
@@ -607,7 +985,7 @@ type CreateSandboxResponse struct {
 
 func (x *CreateSandboxResponse) Reset() {
 	*x = CreateSandboxResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[7]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -619,7 +997,7 @@ func (x *CreateSandboxResponse) String() string {
 func (*CreateSandboxResponse) ProtoMessage() {}
 
 func (x *CreateSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[7]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -632,7 +1010,7 @@ func (x *CreateSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSandboxResponse.ProtoReflect.Descriptor instead.
 func (*CreateSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{7}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CreateSandboxResponse) GetStatus() *SandboxStatus {
@@ -652,7 +1030,7 @@ type DestroySandboxRequest struct {
 
 func (x *DestroySandboxRequest) Reset() {
 	*x = DestroySandboxRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[8]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -664,7 +1042,7 @@ func (x *DestroySandboxRequest) String() string {
 func (*DestroySandboxRequest) ProtoMessage() {}
 
 func (x *DestroySandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[8]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -677,7 +1055,7 @@ func (x *DestroySandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DestroySandboxRequest.ProtoReflect.Descriptor instead.
 func (*DestroySandboxRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{8}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *DestroySandboxRequest) GetId() string {
@@ -703,7 +1081,7 @@ type DestroySandboxResponse struct {
 
 func (x *DestroySandboxResponse) Reset() {
 	*x = DestroySandboxResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[9]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -715,7 +1093,7 @@ func (x *DestroySandboxResponse) String() string {
 func (*DestroySandboxResponse) ProtoMessage() {}
 
 func (x *DestroySandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[9]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -728,7 +1106,7 @@ func (x *DestroySandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DestroySandboxResponse.ProtoReflect.Descriptor instead.
 func (*DestroySandboxResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{9}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *DestroySandboxResponse) GetStatus() *SandboxStatus {
@@ -746,7 +1124,7 @@ type ListSandboxesRequest struct {
 
 func (x *ListSandboxesRequest) Reset() {
 	*x = ListSandboxesRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[10]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -758,7 +1136,7 @@ func (x *ListSandboxesRequest) String() string {
 func (*ListSandboxesRequest) ProtoMessage() {}
 
 func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[10]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -771,7 +1149,7 @@ func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*ListSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{10}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{12}
 }
 
 type ListSandboxesResponse struct {
@@ -783,7 +1161,7 @@ type ListSandboxesResponse struct {
 
 func (x *ListSandboxesResponse) Reset() {
 	*x = ListSandboxesResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[11]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -795,7 +1173,7 @@ func (x *ListSandboxesResponse) String() string {
 func (*ListSandboxesResponse) ProtoMessage() {}
 
 func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[11]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -808,7 +1186,7 @@ func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*ListSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{11}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ListSandboxesResponse) GetSandboxes() []*SandboxStatus {
@@ -827,7 +1205,7 @@ type AcknowledgeEndedRequest struct {
 
 func (x *AcknowledgeEndedRequest) Reset() {
 	*x = AcknowledgeEndedRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[12]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -839,7 +1217,7 @@ func (x *AcknowledgeEndedRequest) String() string {
 func (*AcknowledgeEndedRequest) ProtoMessage() {}
 
 func (x *AcknowledgeEndedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[12]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -852,7 +1230,7 @@ func (x *AcknowledgeEndedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcknowledgeEndedRequest.ProtoReflect.Descriptor instead.
 func (*AcknowledgeEndedRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{12}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *AcknowledgeEndedRequest) GetIds() []string {
@@ -870,7 +1248,7 @@ type AcknowledgeEndedResponse struct {
 
 func (x *AcknowledgeEndedResponse) Reset() {
 	*x = AcknowledgeEndedResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[13]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -882,7 +1260,7 @@ func (x *AcknowledgeEndedResponse) String() string {
 func (*AcknowledgeEndedResponse) ProtoMessage() {}
 
 func (x *AcknowledgeEndedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[13]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -895,20 +1273,21 @@ func (x *AcknowledgeEndedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcknowledgeEndedResponse.ProtoReflect.Descriptor instead.
 func (*AcknowledgeEndedResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{13}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{15}
 }
 
 type SetDeadlineRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Deadline      *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=deadline,proto3" json:"deadline,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Id             string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Deadline       *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=deadline,proto3" json:"deadline,omitempty"`                                            // absent: it stays
+	AutoPauseNanos *int64                 `protobuf:"varint,3,opt,name=auto_pause_nanos,json=autoPauseNanos,proto3,oneof" json:"auto_pause_nanos,omitempty"` // as in SandboxSpec; absent: it stays
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *SetDeadlineRequest) Reset() {
 	*x = SetDeadlineRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[14]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -920,7 +1299,7 @@ func (x *SetDeadlineRequest) String() string {
 func (*SetDeadlineRequest) ProtoMessage() {}
 
 func (x *SetDeadlineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[14]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -933,7 +1312,7 @@ func (x *SetDeadlineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetDeadlineRequest.ProtoReflect.Descriptor instead.
 func (*SetDeadlineRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{14}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SetDeadlineRequest) GetId() string {
@@ -950,6 +1329,13 @@ func (x *SetDeadlineRequest) GetDeadline() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *SetDeadlineRequest) GetAutoPauseNanos() int64 {
+	if x != nil && x.AutoPauseNanos != nil {
+		return *x.AutoPauseNanos
+	}
+	return 0
+}
+
 type SetDeadlineResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -958,7 +1344,7 @@ type SetDeadlineResponse struct {
 
 func (x *SetDeadlineResponse) Reset() {
 	*x = SetDeadlineResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[15]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -970,7 +1356,7 @@ func (x *SetDeadlineResponse) String() string {
 func (*SetDeadlineResponse) ProtoMessage() {}
 
 func (x *SetDeadlineResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[15]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -983,7 +1369,1020 @@ func (x *SetDeadlineResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetDeadlineResponse.ProtoReflect.Descriptor instead.
 func (*SetDeadlineResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{15}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{17}
+}
+
+type TouchSandboxRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	HoldNanos     int64                  `protobuf:"varint,2,opt,name=hold_nanos,json=holdNanos,proto3" json:"hold_nanos,omitempty"` // at most a minute
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TouchSandboxRequest) Reset() {
+	*x = TouchSandboxRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TouchSandboxRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TouchSandboxRequest) ProtoMessage() {}
+
+func (x *TouchSandboxRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TouchSandboxRequest.ProtoReflect.Descriptor instead.
+func (*TouchSandboxRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *TouchSandboxRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *TouchSandboxRequest) GetHoldNanos() int64 {
+	if x != nil {
+		return x.HoldNanos
+	}
+	return 0
+}
+
+type TouchSandboxResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TouchSandboxResponse) Reset() {
+	*x = TouchSandboxResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TouchSandboxResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TouchSandboxResponse) ProtoMessage() {}
+
+func (x *TouchSandboxResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TouchSandboxResponse.ProtoReflect.Descriptor instead.
+func (*TouchSandboxResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{19}
+}
+
+type PauseSandboxRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseSandboxRequest) Reset() {
+	*x = PauseSandboxRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseSandboxRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseSandboxRequest) ProtoMessage() {}
+
+func (x *PauseSandboxRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseSandboxRequest.ProtoReflect.Descriptor instead.
+func (*PauseSandboxRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *PauseSandboxRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type PauseSandboxResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        *SandboxStatus         `protobuf:"bytes,1,opt,name=status,proto3" json:"status,omitempty"` // its saved has the receipt
+	Report        *SaveReport            `protobuf:"bytes,2,opt,name=report,proto3" json:"report,omitempty"` // absent when it was paused already
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseSandboxResponse) Reset() {
+	*x = PauseSandboxResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseSandboxResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseSandboxResponse) ProtoMessage() {}
+
+func (x *PauseSandboxResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseSandboxResponse.ProtoReflect.Descriptor instead.
+func (*PauseSandboxResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *PauseSandboxResponse) GetStatus() *SandboxStatus {
+	if x != nil {
+		return x.Status
+	}
+	return nil
+}
+
+func (x *PauseSandboxResponse) GetReport() *SaveReport {
+	if x != nil {
+		return x.Report
+	}
+	return nil
+}
+
+type ResumeSandboxRequest struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Id       string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Deadline *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	// Added to the sandbox's environment before its processes go on. The token of the
+	// guest agent is the host's own affair, as in a create.
+	Env           map[string]string `protobuf:"bytes,3,rep,name=env,proto3" json:"env,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeSandboxRequest) Reset() {
+	*x = ResumeSandboxRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeSandboxRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeSandboxRequest) ProtoMessage() {}
+
+func (x *ResumeSandboxRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeSandboxRequest.ProtoReflect.Descriptor instead.
+func (*ResumeSandboxRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *ResumeSandboxRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ResumeSandboxRequest) GetDeadline() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Deadline
+	}
+	return nil
+}
+
+func (x *ResumeSandboxRequest) GetEnv() map[string]string {
+	if x != nil {
+		return x.Env
+	}
+	return nil
+}
+
+type ResumeSandboxResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        *SandboxStatus         `protobuf:"bytes,1,opt,name=status,proto3" json:"status,omitempty"`
+	Phases        []*Phase               `protobuf:"bytes,2,rep,name=phases,proto3" json:"phases,omitempty"` // empty when it ran already
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeSandboxResponse) Reset() {
+	*x = ResumeSandboxResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeSandboxResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeSandboxResponse) ProtoMessage() {}
+
+func (x *ResumeSandboxResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeSandboxResponse.ProtoReflect.Descriptor instead.
+func (*ResumeSandboxResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *ResumeSandboxResponse) GetStatus() *SandboxStatus {
+	if x != nil {
+		return x.Status
+	}
+	return nil
+}
+
+func (x *ResumeSandboxResponse) GetPhases() []*Phase {
+	if x != nil {
+		return x.Phases
+	}
+	return nil
+}
+
+type ForkSandboxRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// At least one and at most sandbox.MaxForks, all with different IDs. Template,
+	// shape and network policy are those of the original.
+	Copies        []*ForkSandboxRequest_Copy `protobuf:"bytes,2,rep,name=copies,proto3" json:"copies,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForkSandboxRequest) Reset() {
+	*x = ForkSandboxRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForkSandboxRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForkSandboxRequest) ProtoMessage() {}
+
+func (x *ForkSandboxRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForkSandboxRequest.ProtoReflect.Descriptor instead.
+func (*ForkSandboxRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *ForkSandboxRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ForkSandboxRequest) GetCopies() []*ForkSandboxRequest_Copy {
+	if x != nil {
+		return x.Copies
+	}
+	return nil
+}
+
+type ForkSandboxResponse struct {
+	state         protoimpl.MessageState      `protogen:"open.v1"`
+	Report        *SaveReport                 `protobuf:"bytes,1,opt,name=report,proto3" json:"report,omitempty"`
+	Copies        []*ForkSandboxResponse_Copy `protobuf:"bytes,2,rep,name=copies,proto3" json:"copies,omitempty"` // as they were asked for
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForkSandboxResponse) Reset() {
+	*x = ForkSandboxResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForkSandboxResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForkSandboxResponse) ProtoMessage() {}
+
+func (x *ForkSandboxResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForkSandboxResponse.ProtoReflect.Descriptor instead.
+func (*ForkSandboxResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ForkSandboxResponse) GetReport() *SaveReport {
+	if x != nil {
+		return x.Report
+	}
+	return nil
+}
+
+func (x *ForkSandboxResponse) GetCopies() []*ForkSandboxResponse_Copy {
+	if x != nil {
+		return x.Copies
+	}
+	return nil
+}
+
+// Failure is an error of a part of what was asked for.
+type Failure struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"` // a sandbox.Kind
+	Message       string                 `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Failure) Reset() {
+	*x = Failure{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Failure) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Failure) ProtoMessage() {}
+
+func (x *Failure) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Failure.ProtoReflect.Descriptor instead.
+func (*Failure) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *Failure) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Failure) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+type Snapshot struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Saved         *Saved                 `protobuf:"bytes,2,opt,name=saved,proto3" json:"saved,omitempty"`
+	Sandbox       string                 `protobuf:"bytes,3,opt,name=sandbox,proto3" json:"sandbox,omitempty"`   // which it was taken of
+	Template      string                 `protobuf:"bytes,4,opt,name=template,proto3" json:"template,omitempty"` // the image at the beginning of its line
+	Parent        string                 `protobuf:"bytes,5,opt,name=parent,proto3" json:"parent,omitempty"`     // the nearest snapshot above it that has a name; empty: none
+	Labels        map[string]string      `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Snapshot) Reset() {
+	*x = Snapshot{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Snapshot) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Snapshot) ProtoMessage() {}
+
+func (x *Snapshot) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
+func (*Snapshot) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *Snapshot) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Snapshot) GetSaved() *Saved {
+	if x != nil {
+		return x.Saved
+	}
+	return nil
+}
+
+func (x *Snapshot) GetSandbox() string {
+	if x != nil {
+		return x.Sandbox
+	}
+	return ""
+}
+
+func (x *Snapshot) GetTemplate() string {
+	if x != nil {
+		return x.Template
+	}
+	return ""
+}
+
+func (x *Snapshot) GetParent() string {
+	if x != nil {
+		return x.Parent
+	}
+	return ""
+}
+
+func (x *Snapshot) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+type CreateSnapshotRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // of the sandbox
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Labels        map[string]string      `protobuf:"bytes,3,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // bounded as a sandbox's metadata
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateSnapshotRequest) Reset() {
+	*x = CreateSnapshotRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateSnapshotRequest) ProtoMessage() {}
+
+func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*CreateSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *CreateSnapshotRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *CreateSnapshotRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CreateSnapshotRequest) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+type CreateSnapshotResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Snapshot      *Snapshot              `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	Report        *SaveReport            `protobuf:"bytes,2,opt,name=report,proto3" json:"report,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateSnapshotResponse) Reset() {
+	*x = CreateSnapshotResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateSnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateSnapshotResponse) ProtoMessage() {}
+
+func (x *CreateSnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateSnapshotResponse.ProtoReflect.Descriptor instead.
+func (*CreateSnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *CreateSnapshotResponse) GetSnapshot() *Snapshot {
+	if x != nil {
+		return x.Snapshot
+	}
+	return nil
+}
+
+func (x *CreateSnapshotResponse) GetReport() *SaveReport {
+	if x != nil {
+		return x.Report
+	}
+	return nil
+}
+
+type DeleteSnapshotRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteSnapshotRequest) Reset() {
+	*x = DeleteSnapshotRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteSnapshotRequest) ProtoMessage() {}
+
+func (x *DeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*DeleteSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *DeleteSnapshotRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type DeleteSnapshotResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteSnapshotResponse) Reset() {
+	*x = DeleteSnapshotResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteSnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteSnapshotResponse) ProtoMessage() {}
+
+func (x *DeleteSnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteSnapshotResponse.ProtoReflect.Descriptor instead.
+func (*DeleteSnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{31}
+}
+
+type ListSnapshotsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSnapshotsRequest) Reset() {
+	*x = ListSnapshotsRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSnapshotsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSnapshotsRequest) ProtoMessage() {}
+
+func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
+func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{32}
+}
+
+type ListSnapshotsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Snapshots     []*Snapshot            `protobuf:"bytes,1,rep,name=snapshots,proto3" json:"snapshots,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSnapshotsResponse) Reset() {
+	*x = ListSnapshotsResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSnapshotsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSnapshotsResponse) ProtoMessage() {}
+
+func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
+func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
+	if x != nil {
+		return x.Snapshots
+	}
+	return nil
+}
+
+type VerifySnapshotRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifySnapshotRequest) Reset() {
+	*x = VerifySnapshotRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifySnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifySnapshotRequest) ProtoMessage() {}
+
+func (x *VerifySnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifySnapshotRequest.ProtoReflect.Descriptor instead.
+func (*VerifySnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *VerifySnapshotRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type VerifySnapshotResponse struct {
+	state         protoimpl.MessageState           `protogen:"open.v1"`
+	Files         uint32                           `protobuf:"varint,1,opt,name=files,proto3" json:"files,omitempty"`
+	Bytes         uint64                           `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`  // that were read
+	Damage        []*VerifySnapshotResponse_Damage `protobuf:"bytes,3,rep,name=damage,proto3" json:"damage,omitempty"` // at most 100
+	Phases        []*Phase                         `protobuf:"bytes,4,rep,name=phases,proto3" json:"phases,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifySnapshotResponse) Reset() {
+	*x = VerifySnapshotResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifySnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifySnapshotResponse) ProtoMessage() {}
+
+func (x *VerifySnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifySnapshotResponse.ProtoReflect.Descriptor instead.
+func (*VerifySnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *VerifySnapshotResponse) GetFiles() uint32 {
+	if x != nil {
+		return x.Files
+	}
+	return 0
+}
+
+func (x *VerifySnapshotResponse) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *VerifySnapshotResponse) GetDamage() []*VerifySnapshotResponse_Damage {
+	if x != nil {
+		return x.Damage
+	}
+	return nil
+}
+
+func (x *VerifySnapshotResponse) GetPhases() []*Phase {
+	if x != nil {
+		return x.Phases
+	}
+	return nil
+}
+
+type GetSnapshotTreeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSnapshotTreeRequest) Reset() {
+	*x = GetSnapshotTreeRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSnapshotTreeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSnapshotTreeRequest) ProtoMessage() {}
+
+func (x *GetSnapshotTreeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSnapshotTreeRequest.ProtoReflect.Descriptor instead.
+func (*GetSnapshotTreeRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *GetSnapshotTreeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type GetSnapshotTreeResponse struct {
+	state         protoimpl.MessageState          `protogen:"open.v1"`
+	Nodes         []*GetSnapshotTreeResponse_Node `protobuf:"bytes,1,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSnapshotTreeResponse) Reset() {
+	*x = GetSnapshotTreeResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSnapshotTreeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSnapshotTreeResponse) ProtoMessage() {}
+
+func (x *GetSnapshotTreeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSnapshotTreeResponse.ProtoReflect.Descriptor instead.
+func (*GetSnapshotTreeResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *GetSnapshotTreeResponse) GetNodes() []*GetSnapshotTreeResponse_Node {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
 }
 
 type PingSandboxRequest struct {
@@ -995,7 +2394,7 @@ type PingSandboxRequest struct {
 
 func (x *PingSandboxRequest) Reset() {
 	*x = PingSandboxRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[16]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1007,7 +2406,7 @@ func (x *PingSandboxRequest) String() string {
 func (*PingSandboxRequest) ProtoMessage() {}
 
 func (x *PingSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[16]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1020,7 +2419,7 @@ func (x *PingSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingSandboxRequest.ProtoReflect.Descriptor instead.
 func (*PingSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{16}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PingSandboxRequest) GetId() string {
@@ -1039,7 +2438,7 @@ type PingSandboxResponse struct {
 
 func (x *PingSandboxResponse) Reset() {
 	*x = PingSandboxResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[17]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1051,7 +2450,7 @@ func (x *PingSandboxResponse) String() string {
 func (*PingSandboxResponse) ProtoMessage() {}
 
 func (x *PingSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[17]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1064,7 +2463,7 @@ func (x *PingSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingSandboxResponse.ProtoReflect.Descriptor instead.
 func (*PingSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{17}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *PingSandboxResponse) GetRoundTripNanos() int64 {
@@ -1089,7 +2488,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[18]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1101,7 +2500,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[18]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1114,7 +2513,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{18}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Command) GetCmd() string {
@@ -1172,7 +2571,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[19]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1184,7 +2583,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[19]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1197,7 +2596,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{19}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ExecRequest) GetId() string {
@@ -1241,7 +2640,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[20]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1253,7 +2652,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[20]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1266,7 +2665,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{20}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ExecResponse) GetStdout() []byte {
@@ -1316,7 +2715,7 @@ type ExecEnd struct {
 
 func (x *ExecEnd) Reset() {
 	*x = ExecEnd{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[21]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1328,7 +2727,7 @@ func (x *ExecEnd) String() string {
 func (*ExecEnd) ProtoMessage() {}
 
 func (x *ExecEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[21]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1341,7 +2740,7 @@ func (x *ExecEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecEnd.ProtoReflect.Descriptor instead.
 func (*ExecEnd) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{21}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ExecEnd) GetExitCode() int32 {
@@ -1380,6 +2779,8 @@ type ExecStreamRequest struct {
 	//	*ExecStreamRequest_Stdin
 	//	*ExecStreamRequest_CloseStdin_
 	//	*ExecStreamRequest_Kill_
+	//	*ExecStreamRequest_Attach_
+	//	*ExecStreamRequest_Resize
 	Message       isExecStreamRequest_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1387,7 +2788,7 @@ type ExecStreamRequest struct {
 
 func (x *ExecStreamRequest) Reset() {
 	*x = ExecStreamRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[22]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1399,7 +2800,7 @@ func (x *ExecStreamRequest) String() string {
 func (*ExecStreamRequest) ProtoMessage() {}
 
 func (x *ExecStreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[22]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1412,7 +2813,7 @@ func (x *ExecStreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamRequest.ProtoReflect.Descriptor instead.
 func (*ExecStreamRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{22}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ExecStreamRequest) GetMessage() isExecStreamRequest_Message {
@@ -1458,6 +2859,24 @@ func (x *ExecStreamRequest) GetKill() *ExecStreamRequest_Kill {
 	return nil
 }
 
+func (x *ExecStreamRequest) GetAttach() *ExecStreamRequest_Attach {
+	if x != nil {
+		if x, ok := x.Message.(*ExecStreamRequest_Attach_); ok {
+			return x.Attach
+		}
+	}
+	return nil
+}
+
+func (x *ExecStreamRequest) GetResize() *Terminal {
+	if x != nil {
+		if x, ok := x.Message.(*ExecStreamRequest_Resize); ok {
+			return x.Resize
+		}
+	}
+	return nil
+}
+
 type isExecStreamRequest_Message interface {
 	isExecStreamRequest_Message()
 }
@@ -1478,6 +2897,14 @@ type ExecStreamRequest_Kill_ struct {
 	Kill *ExecStreamRequest_Kill `protobuf:"bytes,4,opt,name=kill,proto3,oneof"`
 }
 
+type ExecStreamRequest_Attach_ struct {
+	Attach *ExecStreamRequest_Attach `protobuf:"bytes,5,opt,name=attach,proto3,oneof"`
+}
+
+type ExecStreamRequest_Resize struct {
+	Resize *Terminal `protobuf:"bytes,6,opt,name=resize,proto3,oneof"`
+}
+
 func (*ExecStreamRequest_Start_) isExecStreamRequest_Message() {}
 
 func (*ExecStreamRequest_Stdin) isExecStreamRequest_Message() {}
@@ -1485,6 +2912,63 @@ func (*ExecStreamRequest_Stdin) isExecStreamRequest_Message() {}
 func (*ExecStreamRequest_CloseStdin_) isExecStreamRequest_Message() {}
 
 func (*ExecStreamRequest_Kill_) isExecStreamRequest_Message() {}
+
+func (*ExecStreamRequest_Attach_) isExecStreamRequest_Message() {}
+
+func (*ExecStreamRequest_Resize) isExecStreamRequest_Message() {}
+
+// Terminal is the size of one. Zero leaves a side as it is, or 80 by 24.
+type Terminal struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Cols          uint32                 `protobuf:"varint,1,opt,name=cols,proto3" json:"cols,omitempty"`
+	Rows          uint32                 `protobuf:"varint,2,opt,name=rows,proto3" json:"rows,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Terminal) Reset() {
+	*x = Terminal{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Terminal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Terminal) ProtoMessage() {}
+
+func (x *Terminal) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Terminal.ProtoReflect.Descriptor instead.
+func (*Terminal) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *Terminal) GetCols() uint32 {
+	if x != nil {
+		return x.Cols
+	}
+	return 0
+}
+
+func (x *Terminal) GetRows() uint32 {
+	if x != nil {
+		return x.Rows
+	}
+	return 0
+}
 
 type ExecStreamResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1502,7 +2986,7 @@ type ExecStreamResponse struct {
 
 func (x *ExecStreamResponse) Reset() {
 	*x = ExecStreamResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[23]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1514,7 +2998,7 @@ func (x *ExecStreamResponse) String() string {
 func (*ExecStreamResponse) ProtoMessage() {}
 
 func (x *ExecStreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[23]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1527,7 +3011,7 @@ func (x *ExecStreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamResponse.ProtoReflect.Descriptor instead.
 func (*ExecStreamResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{23}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ExecStreamResponse) GetMessage() isExecStreamResponse_Message {
@@ -1616,6 +3100,102 @@ func (*ExecStreamResponse_End) isExecStreamResponse_Message() {}
 
 func (*ExecStreamResponse_Keepalive) isExecStreamResponse_Message() {}
 
+type SignalCommandRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Pid           uint32                 `protobuf:"varint,2,opt,name=pid,proto3" json:"pid,omitempty"`
+	Signal        int32                  `protobuf:"varint,3,opt,name=signal,proto3" json:"signal,omitempty"` // 9 or 15
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignalCommandRequest) Reset() {
+	*x = SignalCommandRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignalCommandRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignalCommandRequest) ProtoMessage() {}
+
+func (x *SignalCommandRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignalCommandRequest.ProtoReflect.Descriptor instead.
+func (*SignalCommandRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *SignalCommandRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *SignalCommandRequest) GetPid() uint32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *SignalCommandRequest) GetSignal() int32 {
+	if x != nil {
+		return x.Signal
+	}
+	return 0
+}
+
+type SignalCommandResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignalCommandResponse) Reset() {
+	*x = SignalCommandResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignalCommandResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignalCommandResponse) ProtoMessage() {}
+
+func (x *SignalCommandResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignalCommandResponse.ProtoReflect.Descriptor instead.
+func (*SignalCommandResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{48}
+}
+
 type FileEntry struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1634,7 +3214,7 @@ type FileEntry struct {
 
 func (x *FileEntry) Reset() {
 	*x = FileEntry{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[24]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1646,7 +3226,7 @@ func (x *FileEntry) String() string {
 func (*FileEntry) ProtoMessage() {}
 
 func (x *FileEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[24]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1659,7 +3239,7 @@ func (x *FileEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileEntry.ProtoReflect.Descriptor instead.
 func (*FileEntry) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{24}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *FileEntry) GetName() string {
@@ -1743,7 +3323,7 @@ type StatFileRequest struct {
 
 func (x *StatFileRequest) Reset() {
 	*x = StatFileRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[25]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1755,7 +3335,7 @@ func (x *StatFileRequest) String() string {
 func (*StatFileRequest) ProtoMessage() {}
 
 func (x *StatFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[25]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1768,7 +3348,7 @@ func (x *StatFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatFileRequest.ProtoReflect.Descriptor instead.
 func (*StatFileRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{25}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *StatFileRequest) GetId() string {
@@ -1801,7 +3381,7 @@ type StatFileResponse struct {
 
 func (x *StatFileResponse) Reset() {
 	*x = StatFileResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[26]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1813,7 +3393,7 @@ func (x *StatFileResponse) String() string {
 func (*StatFileResponse) ProtoMessage() {}
 
 func (x *StatFileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[26]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1826,7 +3406,7 @@ func (x *StatFileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatFileResponse.ProtoReflect.Descriptor instead.
 func (*StatFileResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{26}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *StatFileResponse) GetEntry() *FileEntry {
@@ -1848,7 +3428,7 @@ type ListDirRequest struct {
 
 func (x *ListDirRequest) Reset() {
 	*x = ListDirRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[27]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1860,7 +3440,7 @@ func (x *ListDirRequest) String() string {
 func (*ListDirRequest) ProtoMessage() {}
 
 func (x *ListDirRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[27]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1873,7 +3453,7 @@ func (x *ListDirRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDirRequest.ProtoReflect.Descriptor instead.
 func (*ListDirRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{27}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ListDirRequest) GetId() string {
@@ -1913,7 +3493,7 @@ type ListDirResponse struct {
 
 func (x *ListDirResponse) Reset() {
 	*x = ListDirResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[28]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1925,7 +3505,7 @@ func (x *ListDirResponse) String() string {
 func (*ListDirResponse) ProtoMessage() {}
 
 func (x *ListDirResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[28]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1938,7 +3518,7 @@ func (x *ListDirResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDirResponse.ProtoReflect.Descriptor instead.
 func (*ListDirResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{28}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ListDirResponse) GetEntries() []*FileEntry {
@@ -1959,7 +3539,7 @@ type MakeDirRequest struct {
 
 func (x *MakeDirRequest) Reset() {
 	*x = MakeDirRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[29]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1971,7 +3551,7 @@ func (x *MakeDirRequest) String() string {
 func (*MakeDirRequest) ProtoMessage() {}
 
 func (x *MakeDirRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[29]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1984,7 +3564,7 @@ func (x *MakeDirRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeDirRequest.ProtoReflect.Descriptor instead.
 func (*MakeDirRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{29}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *MakeDirRequest) GetId() string {
@@ -2017,7 +3597,7 @@ type MakeDirResponse struct {
 
 func (x *MakeDirResponse) Reset() {
 	*x = MakeDirResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[30]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2029,7 +3609,7 @@ func (x *MakeDirResponse) String() string {
 func (*MakeDirResponse) ProtoMessage() {}
 
 func (x *MakeDirResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[30]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2042,7 +3622,7 @@ func (x *MakeDirResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeDirResponse.ProtoReflect.Descriptor instead.
 func (*MakeDirResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{30}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *MakeDirResponse) GetEntry() *FileEntry {
@@ -2064,7 +3644,7 @@ type MoveFileRequest struct {
 
 func (x *MoveFileRequest) Reset() {
 	*x = MoveFileRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[31]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2076,7 +3656,7 @@ func (x *MoveFileRequest) String() string {
 func (*MoveFileRequest) ProtoMessage() {}
 
 func (x *MoveFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[31]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2089,7 +3669,7 @@ func (x *MoveFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveFileRequest.ProtoReflect.Descriptor instead.
 func (*MoveFileRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{31}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *MoveFileRequest) GetId() string {
@@ -2129,7 +3709,7 @@ type MoveFileResponse struct {
 
 func (x *MoveFileResponse) Reset() {
 	*x = MoveFileResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[32]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2141,7 +3721,7 @@ func (x *MoveFileResponse) String() string {
 func (*MoveFileResponse) ProtoMessage() {}
 
 func (x *MoveFileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[32]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2154,7 +3734,7 @@ func (x *MoveFileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveFileResponse.ProtoReflect.Descriptor instead.
 func (*MoveFileResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{32}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *MoveFileResponse) GetEntry() *FileEntry {
@@ -2175,7 +3755,7 @@ type RemoveFileRequest struct {
 
 func (x *RemoveFileRequest) Reset() {
 	*x = RemoveFileRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[33]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2187,7 +3767,7 @@ func (x *RemoveFileRequest) String() string {
 func (*RemoveFileRequest) ProtoMessage() {}
 
 func (x *RemoveFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[33]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2200,7 +3780,7 @@ func (x *RemoveFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveFileRequest.ProtoReflect.Descriptor instead.
 func (*RemoveFileRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{33}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *RemoveFileRequest) GetId() string {
@@ -2232,7 +3812,7 @@ type RemoveFileResponse struct {
 
 func (x *RemoveFileResponse) Reset() {
 	*x = RemoveFileResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[34]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2244,7 +3824,7 @@ func (x *RemoveFileResponse) String() string {
 func (*RemoveFileResponse) ProtoMessage() {}
 
 func (x *RemoveFileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[34]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2257,7 +3837,7 @@ func (x *RemoveFileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveFileResponse.ProtoReflect.Descriptor instead.
 func (*RemoveFileResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{34}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{59}
 }
 
 type ReadFileRequest struct {
@@ -2271,7 +3851,7 @@ type ReadFileRequest struct {
 
 func (x *ReadFileRequest) Reset() {
 	*x = ReadFileRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[35]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2283,7 +3863,7 @@ func (x *ReadFileRequest) String() string {
 func (*ReadFileRequest) ProtoMessage() {}
 
 func (x *ReadFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[35]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2296,7 +3876,7 @@ func (x *ReadFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileRequest.ProtoReflect.Descriptor instead.
 func (*ReadFileRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{35}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ReadFileRequest) GetId() string {
@@ -2333,7 +3913,7 @@ type ReadFileResponse struct {
 
 func (x *ReadFileResponse) Reset() {
 	*x = ReadFileResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[36]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2345,7 +3925,7 @@ func (x *ReadFileResponse) String() string {
 func (*ReadFileResponse) ProtoMessage() {}
 
 func (x *ReadFileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[36]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2358,7 +3938,7 @@ func (x *ReadFileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileResponse.ProtoReflect.Descriptor instead.
 func (*ReadFileResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{36}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ReadFileResponse) GetMessage() isReadFileResponse_Message {
@@ -2415,7 +3995,7 @@ type WriteFileRequest struct {
 
 func (x *WriteFileRequest) Reset() {
 	*x = WriteFileRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[37]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2427,7 +4007,7 @@ func (x *WriteFileRequest) String() string {
 func (*WriteFileRequest) ProtoMessage() {}
 
 func (x *WriteFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[37]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2440,7 +4020,7 @@ func (x *WriteFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileRequest.ProtoReflect.Descriptor instead.
 func (*WriteFileRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{37}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *WriteFileRequest) GetMessage() isWriteFileRequest_Message {
@@ -2494,7 +4074,7 @@ type WriteFileResponse struct {
 
 func (x *WriteFileResponse) Reset() {
 	*x = WriteFileResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[38]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2506,7 +4086,7 @@ func (x *WriteFileResponse) String() string {
 func (*WriteFileResponse) ProtoMessage() {}
 
 func (x *WriteFileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[38]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2519,7 +4099,7 @@ func (x *WriteFileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileResponse.ProtoReflect.Descriptor instead.
 func (*WriteFileResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{38}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *WriteFileResponse) GetPath() string {
@@ -2536,6 +4116,404 @@ func (x *WriteFileResponse) GetSize() int64 {
 	return 0
 }
 
+type WatchDirRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	User          string                 `protobuf:"bytes,3,opt,name=user,proto3" json:"user,omitempty"`
+	Recursive     bool                   `protobuf:"varint,4,opt,name=recursive,proto3" json:"recursive,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchDirRequest) Reset() {
+	*x = WatchDirRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchDirRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchDirRequest) ProtoMessage() {}
+
+func (x *WatchDirRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchDirRequest.ProtoReflect.Descriptor instead.
+func (*WatchDirRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{64}
+}
+
+func (x *WatchDirRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *WatchDirRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *WatchDirRequest) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *WatchDirRequest) GetRecursive() bool {
+	if x != nil {
+		return x.Recursive
+	}
+	return false
+}
+
+type WatchDirResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Message:
+	//
+	//	*WatchDirResponse_Started_
+	//	*WatchDirResponse_Event
+	//	*WatchDirResponse_Lost_
+	Message       isWatchDirResponse_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchDirResponse) Reset() {
+	*x = WatchDirResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[65]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchDirResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchDirResponse) ProtoMessage() {}
+
+func (x *WatchDirResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[65]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchDirResponse.ProtoReflect.Descriptor instead.
+func (*WatchDirResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{65}
+}
+
+func (x *WatchDirResponse) GetMessage() isWatchDirResponse_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *WatchDirResponse) GetStarted() *WatchDirResponse_Started {
+	if x != nil {
+		if x, ok := x.Message.(*WatchDirResponse_Started_); ok {
+			return x.Started
+		}
+	}
+	return nil
+}
+
+func (x *WatchDirResponse) GetEvent() *FileEvent {
+	if x != nil {
+		if x, ok := x.Message.(*WatchDirResponse_Event); ok {
+			return x.Event
+		}
+	}
+	return nil
+}
+
+func (x *WatchDirResponse) GetLost() *WatchDirResponse_Lost {
+	if x != nil {
+		if x, ok := x.Message.(*WatchDirResponse_Lost_); ok {
+			return x.Lost
+		}
+	}
+	return nil
+}
+
+type isWatchDirResponse_Message interface {
+	isWatchDirResponse_Message()
+}
+
+type WatchDirResponse_Started_ struct {
+	Started *WatchDirResponse_Started `protobuf:"bytes,1,opt,name=started,proto3,oneof"`
+}
+
+type WatchDirResponse_Event struct {
+	Event *FileEvent `protobuf:"bytes,2,opt,name=event,proto3,oneof"`
+}
+
+type WatchDirResponse_Lost_ struct {
+	Lost *WatchDirResponse_Lost `protobuf:"bytes,3,opt,name=lost,proto3,oneof"` // what came after the last event is not known
+}
+
+func (*WatchDirResponse_Started_) isWatchDirResponse_Message() {}
+
+func (*WatchDirResponse_Event) isWatchDirResponse_Message() {}
+
+func (*WatchDirResponse_Lost_) isWatchDirResponse_Message() {}
+
+type FileEvent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Type          string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"` // "create", "write", "remove", "rename" or "chmod"
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"` // from the directory on; "." is itself
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FileEvent) Reset() {
+	*x = FileEvent{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[66]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FileEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FileEvent) ProtoMessage() {}
+
+func (x *FileEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[66]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FileEvent.ProtoReflect.Descriptor instead.
+func (*FileEvent) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{66}
+}
+
+func (x *FileEvent) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *FileEvent) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type OpenPortRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Message:
+	//
+	//	*OpenPortRequest_Start_
+	//	*OpenPortRequest_Data
+	Message       isOpenPortRequest_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenPortRequest) Reset() {
+	*x = OpenPortRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[67]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenPortRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenPortRequest) ProtoMessage() {}
+
+func (x *OpenPortRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[67]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenPortRequest.ProtoReflect.Descriptor instead.
+func (*OpenPortRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{67}
+}
+
+func (x *OpenPortRequest) GetMessage() isOpenPortRequest_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *OpenPortRequest) GetStart() *OpenPortRequest_Start {
+	if x != nil {
+		if x, ok := x.Message.(*OpenPortRequest_Start_); ok {
+			return x.Start
+		}
+	}
+	return nil
+}
+
+func (x *OpenPortRequest) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Message.(*OpenPortRequest_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+type isOpenPortRequest_Message interface {
+	isOpenPortRequest_Message()
+}
+
+type OpenPortRequest_Start_ struct {
+	Start *OpenPortRequest_Start `protobuf:"bytes,1,opt,name=start,proto3,oneof"`
+}
+
+type OpenPortRequest_Data struct {
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+func (*OpenPortRequest_Start_) isOpenPortRequest_Message() {}
+
+func (*OpenPortRequest_Data) isOpenPortRequest_Message() {}
+
+type OpenPortResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Message:
+	//
+	//	*OpenPortResponse_Opened_
+	//	*OpenPortResponse_Data
+	//	*OpenPortResponse_End_
+	Message       isOpenPortResponse_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenPortResponse) Reset() {
+	*x = OpenPortResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[68]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenPortResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenPortResponse) ProtoMessage() {}
+
+func (x *OpenPortResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[68]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenPortResponse.ProtoReflect.Descriptor instead.
+func (*OpenPortResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{68}
+}
+
+func (x *OpenPortResponse) GetMessage() isOpenPortResponse_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *OpenPortResponse) GetOpened() *OpenPortResponse_Opened {
+	if x != nil {
+		if x, ok := x.Message.(*OpenPortResponse_Opened_); ok {
+			return x.Opened
+		}
+	}
+	return nil
+}
+
+func (x *OpenPortResponse) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Message.(*OpenPortResponse_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+func (x *OpenPortResponse) GetEnd() *OpenPortResponse_End {
+	if x != nil {
+		if x, ok := x.Message.(*OpenPortResponse_End_); ok {
+			return x.End
+		}
+	}
+	return nil
+}
+
+type isOpenPortResponse_Message interface {
+	isOpenPortResponse_Message()
+}
+
+type OpenPortResponse_Opened_ struct {
+	Opened *OpenPortResponse_Opened `protobuf:"bytes,1,opt,name=opened,proto3,oneof"`
+}
+
+type OpenPortResponse_Data struct {
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+type OpenPortResponse_End_ struct {
+	End *OpenPortResponse_End `protobuf:"bytes,3,opt,name=end,proto3,oneof"` // the guest sends no more
+}
+
+func (*OpenPortResponse_Opened_) isOpenPortResponse_Message() {}
+
+func (*OpenPortResponse_Data) isOpenPortResponse_Message() {}
+
+func (*OpenPortResponse_End_) isOpenPortResponse_Message() {}
+
 type ReadConsoleRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -2549,7 +4527,7 @@ type ReadConsoleRequest struct {
 
 func (x *ReadConsoleRequest) Reset() {
 	*x = ReadConsoleRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[39]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2561,7 +4539,7 @@ func (x *ReadConsoleRequest) String() string {
 func (*ReadConsoleRequest) ProtoMessage() {}
 
 func (x *ReadConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[39]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2574,7 +4552,7 @@ func (x *ReadConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadConsoleRequest.ProtoReflect.Descriptor instead.
 func (*ReadConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{39}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ReadConsoleRequest) GetId() string {
@@ -2610,7 +4588,7 @@ type ReadConsoleResponse struct {
 
 func (x *ReadConsoleResponse) Reset() {
 	*x = ReadConsoleResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[40]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2622,7 +4600,7 @@ func (x *ReadConsoleResponse) String() string {
 func (*ReadConsoleResponse) ProtoMessage() {}
 
 func (x *ReadConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[40]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2635,7 +4613,7 @@ func (x *ReadConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadConsoleResponse.ProtoReflect.Descriptor instead.
 func (*ReadConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{40}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ReadConsoleResponse) GetData() []byte {
@@ -2661,7 +4639,7 @@ type GetMetricsRequest struct {
 
 func (x *GetMetricsRequest) Reset() {
 	*x = GetMetricsRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[41]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2673,7 +4651,7 @@ func (x *GetMetricsRequest) String() string {
 func (*GetMetricsRequest) ProtoMessage() {}
 
 func (x *GetMetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[41]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2686,7 +4664,7 @@ func (x *GetMetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMetricsRequest.ProtoReflect.Descriptor instead.
 func (*GetMetricsRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{41}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *GetMetricsRequest) GetId() string {
@@ -2715,7 +4693,7 @@ type GetMetricsResponse struct {
 
 func (x *GetMetricsResponse) Reset() {
 	*x = GetMetricsResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[42]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2727,7 +4705,7 @@ func (x *GetMetricsResponse) String() string {
 func (*GetMetricsResponse) ProtoMessage() {}
 
 func (x *GetMetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[42]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2740,7 +4718,7 @@ func (x *GetMetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMetricsResponse.ProtoReflect.Descriptor instead.
 func (*GetMetricsResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{42}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *GetMetricsResponse) GetAt() *timestamppb.Timestamp {
@@ -2813,6 +4791,486 @@ func (x *GetMetricsResponse) GetHostOverlayBytes() uint64 {
 	return 0
 }
 
+type BuildTemplateRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Message:
+	//
+	//	*BuildTemplateRequest_Start_
+	//	*BuildTemplateRequest_Data
+	Message       isBuildTemplateRequest_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildTemplateRequest) Reset() {
+	*x = BuildTemplateRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[73]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildTemplateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildTemplateRequest) ProtoMessage() {}
+
+func (x *BuildTemplateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[73]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildTemplateRequest.ProtoReflect.Descriptor instead.
+func (*BuildTemplateRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{73}
+}
+
+func (x *BuildTemplateRequest) GetMessage() isBuildTemplateRequest_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *BuildTemplateRequest) GetStart() *BuildTemplateRequest_Start {
+	if x != nil {
+		if x, ok := x.Message.(*BuildTemplateRequest_Start_); ok {
+			return x.Start
+		}
+	}
+	return nil
+}
+
+func (x *BuildTemplateRequest) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Message.(*BuildTemplateRequest_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+type isBuildTemplateRequest_Message interface {
+	isBuildTemplateRequest_Message()
+}
+
+type BuildTemplateRequest_Start_ struct {
+	Start *BuildTemplateRequest_Start `protobuf:"bytes,1,opt,name=start,proto3,oneof"`
+}
+
+type BuildTemplateRequest_Data struct {
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+func (*BuildTemplateRequest_Start_) isBuildTemplateRequest_Message() {}
+
+func (*BuildTemplateRequest_Data) isBuildTemplateRequest_Message() {}
+
+type RegistryLogin struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Username      string                 `protobuf:"bytes,1,opt,name=username,proto3" json:"username,omitempty"`
+	Password      string                 `protobuf:"bytes,2,opt,name=password,proto3" json:"password,omitempty"`
+	Token         string                 `protobuf:"bytes,3,opt,name=token,proto3" json:"token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RegistryLogin) Reset() {
+	*x = RegistryLogin{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[74]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RegistryLogin) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RegistryLogin) ProtoMessage() {}
+
+func (x *RegistryLogin) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[74]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RegistryLogin.ProtoReflect.Descriptor instead.
+func (*RegistryLogin) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{74}
+}
+
+func (x *RegistryLogin) GetUsername() string {
+	if x != nil {
+		return x.Username
+	}
+	return ""
+}
+
+func (x *RegistryLogin) GetPassword() string {
+	if x != nil {
+		return x.Password
+	}
+	return ""
+}
+
+func (x *RegistryLogin) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+type BuildTemplateResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Message:
+	//
+	//	*BuildTemplateResponse_Event_
+	//	*BuildTemplateResponse_Template
+	Message       isBuildTemplateResponse_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildTemplateResponse) Reset() {
+	*x = BuildTemplateResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[75]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildTemplateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildTemplateResponse) ProtoMessage() {}
+
+func (x *BuildTemplateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[75]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildTemplateResponse.ProtoReflect.Descriptor instead.
+func (*BuildTemplateResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{75}
+}
+
+func (x *BuildTemplateResponse) GetMessage() isBuildTemplateResponse_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *BuildTemplateResponse) GetEvent() *BuildTemplateResponse_Event {
+	if x != nil {
+		if x, ok := x.Message.(*BuildTemplateResponse_Event_); ok {
+			return x.Event
+		}
+	}
+	return nil
+}
+
+func (x *BuildTemplateResponse) GetTemplate() *Template {
+	if x != nil {
+		if x, ok := x.Message.(*BuildTemplateResponse_Template); ok {
+			return x.Template
+		}
+	}
+	return nil
+}
+
+type isBuildTemplateResponse_Message interface {
+	isBuildTemplateResponse_Message()
+}
+
+type BuildTemplateResponse_Event_ struct {
+	Event *BuildTemplateResponse_Event `protobuf:"bytes,1,opt,name=event,proto3,oneof"`
+}
+
+type BuildTemplateResponse_Template struct {
+	Template *Template `protobuf:"bytes,2,opt,name=template,proto3,oneof"`
+}
+
+func (*BuildTemplateResponse_Event_) isBuildTemplateResponse_Message() {}
+
+func (*BuildTemplateResponse_Template) isBuildTemplateResponse_Message() {}
+
+type DeleteTemplateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteTemplateRequest) Reset() {
+	*x = DeleteTemplateRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[76]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteTemplateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteTemplateRequest) ProtoMessage() {}
+
+func (x *DeleteTemplateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[76]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteTemplateRequest.ProtoReflect.Descriptor instead.
+func (*DeleteTemplateRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{76}
+}
+
+func (x *DeleteTemplateRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type DeleteTemplateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteTemplateResponse) Reset() {
+	*x = DeleteTemplateResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[77]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteTemplateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteTemplateResponse) ProtoMessage() {}
+
+func (x *DeleteTemplateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[77]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteTemplateResponse.ProtoReflect.Descriptor instead.
+func (*DeleteTemplateResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{77}
+}
+
+type GetTemplateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetTemplateRequest) Reset() {
+	*x = GetTemplateRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[78]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetTemplateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetTemplateRequest) ProtoMessage() {}
+
+func (x *GetTemplateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[78]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetTemplateRequest.ProtoReflect.Descriptor instead.
+func (*GetTemplateRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{78}
+}
+
+func (x *GetTemplateRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type GetTemplateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Template      *Template              `protobuf:"bytes,1,opt,name=template,proto3" json:"template,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetTemplateResponse) Reset() {
+	*x = GetTemplateResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[79]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetTemplateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetTemplateResponse) ProtoMessage() {}
+
+func (x *GetTemplateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[79]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetTemplateResponse.ProtoReflect.Descriptor instead.
+func (*GetTemplateResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{79}
+}
+
+func (x *GetTemplateResponse) GetTemplate() *Template {
+	if x != nil {
+		return x.Template
+	}
+	return nil
+}
+
+type ReadTemplateLogRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadTemplateLogRequest) Reset() {
+	*x = ReadTemplateLogRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[80]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadTemplateLogRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadTemplateLogRequest) ProtoMessage() {}
+
+func (x *ReadTemplateLogRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[80]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadTemplateLogRequest.ProtoReflect.Descriptor instead.
+func (*ReadTemplateLogRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{80}
+}
+
+func (x *ReadTemplateLogRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ReadTemplateLogResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Log           []byte                 `protobuf:"bytes,1,opt,name=log,proto3" json:"log,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadTemplateLogResponse) Reset() {
+	*x = ReadTemplateLogResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[81]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadTemplateLogResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadTemplateLogResponse) ProtoMessage() {}
+
+func (x *ReadTemplateLogResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[81]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadTemplateLogResponse.ProtoReflect.Descriptor instead.
+func (*ReadTemplateLogResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{81}
+}
+
+func (x *ReadTemplateLogResponse) GetLog() []byte {
+	if x != nil {
+		return x.Log
+	}
+	return nil
+}
+
 type ListTemplatesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2821,7 +5279,7 @@ type ListTemplatesRequest struct {
 
 func (x *ListTemplatesRequest) Reset() {
 	*x = ListTemplatesRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[43]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2833,7 +5291,7 @@ func (x *ListTemplatesRequest) String() string {
 func (*ListTemplatesRequest) ProtoMessage() {}
 
 func (x *ListTemplatesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[43]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2846,7 +5304,7 @@ func (x *ListTemplatesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTemplatesRequest.ProtoReflect.Descriptor instead.
 func (*ListTemplatesRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{43}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{82}
 }
 
 type ListTemplatesResponse struct {
@@ -2858,7 +5316,7 @@ type ListTemplatesResponse struct {
 
 func (x *ListTemplatesResponse) Reset() {
 	*x = ListTemplatesResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[44]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2870,7 +5328,7 @@ func (x *ListTemplatesResponse) String() string {
 func (*ListTemplatesResponse) ProtoMessage() {}
 
 func (x *ListTemplatesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[44]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2883,7 +5341,7 @@ func (x *ListTemplatesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTemplatesResponse.ProtoReflect.Descriptor instead.
 func (*ListTemplatesResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{44}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ListTemplatesResponse) GetTemplates() []*Template {
@@ -2902,13 +5360,17 @@ type Template struct {
 	DefaultUser    string                 `protobuf:"bytes,5,opt,name=default_user,json=defaultUser,proto3" json:"default_user,omitempty"`
 	DefaultWorkdir string                 `protobuf:"bytes,6,opt,name=default_workdir,json=defaultWorkdir,proto3" json:"default_workdir,omitempty"`
 	BuiltAt        *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=built_at,json=builtAt,proto3" json:"built_at,omitempty"`
+	Source         string                 `protobuf:"bytes,8,opt,name=source,proto3" json:"source,omitempty"`                                  // what it was made from, for people
+	Start          []string               `protobuf:"bytes,9,rep,name=start,proto3" json:"start,omitempty"`                                    // what its image runs by itself
+	ExposedPorts   []string               `protobuf:"bytes,10,rep,name=exposed_ports,json=exposedPorts,proto3" json:"exposed_ports,omitempty"` // "8080/tcp"
+	Healthcheck    *Healthcheck           `protobuf:"bytes,11,opt,name=healthcheck,proto3" json:"healthcheck,omitempty"`                       // absent: none
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Template) Reset() {
 	*x = Template{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[45]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2920,7 +5382,7 @@ func (x *Template) String() string {
 func (*Template) ProtoMessage() {}
 
 func (x *Template) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[45]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2933,7 +5395,7 @@ func (x *Template) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Template.ProtoReflect.Descriptor instead.
 func (*Template) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{45}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *Template) GetName() string {
@@ -2985,18 +5447,426 @@ func (x *Template) GetBuiltAt() *timestamppb.Timestamp {
 	return nil
 }
 
-type ExecStreamRequest_Start struct {
+func (x *Template) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *Template) GetStart() []string {
+	if x != nil {
+		return x.Start
+	}
+	return nil
+}
+
+func (x *Template) GetExposedPorts() []string {
+	if x != nil {
+		return x.ExposedPorts
+	}
+	return nil
+}
+
+func (x *Template) GetHealthcheck() *Healthcheck {
+	if x != nil {
+		return x.Healthcheck
+	}
+	return nil
+}
+
+// Healthcheck says how a create finds out that what the image runs is ready. Zero
+// fields mean their defaults.
+type Healthcheck struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Test             []string               `protobuf:"bytes,1,rep,name=test,proto3" json:"test,omitempty"` // "CMD" and a command, or "CMD-SHELL" and a line
+	IntervalNanos    int64                  `protobuf:"varint,2,opt,name=interval_nanos,json=intervalNanos,proto3" json:"interval_nanos,omitempty"`
+	TimeoutNanos     int64                  `protobuf:"varint,3,opt,name=timeout_nanos,json=timeoutNanos,proto3" json:"timeout_nanos,omitempty"`
+	StartPeriodNanos int64                  `protobuf:"varint,4,opt,name=start_period_nanos,json=startPeriodNanos,proto3" json:"start_period_nanos,omitempty"`
+	Retries          uint32                 `protobuf:"varint,5,opt,name=retries,proto3" json:"retries,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *Healthcheck) Reset() {
+	*x = Healthcheck{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[85]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Healthcheck) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Healthcheck) ProtoMessage() {}
+
+func (x *Healthcheck) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[85]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Healthcheck.ProtoReflect.Descriptor instead.
+func (*Healthcheck) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{85}
+}
+
+func (x *Healthcheck) GetTest() []string {
+	if x != nil {
+		return x.Test
+	}
+	return nil
+}
+
+func (x *Healthcheck) GetIntervalNanos() int64 {
+	if x != nil {
+		return x.IntervalNanos
+	}
+	return 0
+}
+
+func (x *Healthcheck) GetTimeoutNanos() int64 {
+	if x != nil {
+		return x.TimeoutNanos
+	}
+	return 0
+}
+
+func (x *Healthcheck) GetStartPeriodNanos() int64 {
+	if x != nil {
+		return x.StartPeriodNanos
+	}
+	return 0
+}
+
+func (x *Healthcheck) GetRetries() uint32 {
+	if x != nil {
+		return x.Retries
+	}
+	return 0
+}
+
+type ForkSandboxRequest_Copy struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Id             string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Hostname       string                 `protobuf:"bytes,2,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	Deadline       *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	Env            map[string]string      `protobuf:"bytes,4,rep,name=env,proto3" json:"env,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // added to that of the original
+	AutoPauseNanos int64                  `protobuf:"varint,5,opt,name=auto_pause_nanos,json=autoPauseNanos,proto3" json:"auto_pause_nanos,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *ForkSandboxRequest_Copy) Reset() {
+	*x = ForkSandboxRequest_Copy{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[88]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForkSandboxRequest_Copy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForkSandboxRequest_Copy) ProtoMessage() {}
+
+func (x *ForkSandboxRequest_Copy) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[88]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForkSandboxRequest_Copy.ProtoReflect.Descriptor instead.
+func (*ForkSandboxRequest_Copy) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{24, 0}
+}
+
+func (x *ForkSandboxRequest_Copy) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ForkSandboxRequest_Copy) GetHostname() string {
+	if x != nil {
+		return x.Hostname
+	}
+	return ""
+}
+
+func (x *ForkSandboxRequest_Copy) GetDeadline() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Deadline
+	}
+	return nil
+}
+
+func (x *ForkSandboxRequest_Copy) GetEnv() map[string]string {
+	if x != nil {
+		return x.Env
+	}
+	return nil
+}
+
+func (x *ForkSandboxRequest_Copy) GetAutoPauseNanos() int64 {
+	if x != nil {
+		return x.AutoPauseNanos
+	}
+	return 0
+}
+
+type ForkSandboxResponse_Copy struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Command       *Command               `protobuf:"bytes,2,opt,name=command,proto3" json:"command,omitempty"`
-	Stdin         bool                   `protobuf:"varint,3,opt,name=stdin,proto3" json:"stdin,omitempty"` // false: the command reads /dev/null
+	Status        *SandboxStatus         `protobuf:"bytes,1,opt,name=status,proto3" json:"status,omitempty"`   // absent when the host has no record of it
+	Failure       *Failure               `protobuf:"bytes,2,opt,name=failure,proto3" json:"failure,omitempty"` // absent when it runs
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForkSandboxResponse_Copy) Reset() {
+	*x = ForkSandboxResponse_Copy{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[90]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForkSandboxResponse_Copy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForkSandboxResponse_Copy) ProtoMessage() {}
+
+func (x *ForkSandboxResponse_Copy) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[90]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForkSandboxResponse_Copy.ProtoReflect.Descriptor instead.
+func (*ForkSandboxResponse_Copy) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{25, 0}
+}
+
+func (x *ForkSandboxResponse_Copy) GetStatus() *SandboxStatus {
+	if x != nil {
+		return x.Status
+	}
+	return nil
+}
+
+func (x *ForkSandboxResponse_Copy) GetFailure() *Failure {
+	if x != nil {
+		return x.Failure
+	}
+	return nil
+}
+
+type VerifySnapshotResponse_Damage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	File          string                 `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"`
+	Offset        int64                  `protobuf:"varint,2,opt,name=offset,proto3" json:"offset,omitempty"` // in it; negative: all of it
+	Message       string                 `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifySnapshotResponse_Damage) Reset() {
+	*x = VerifySnapshotResponse_Damage{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[93]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifySnapshotResponse_Damage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifySnapshotResponse_Damage) ProtoMessage() {}
+
+func (x *VerifySnapshotResponse_Damage) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[93]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifySnapshotResponse_Damage.ProtoReflect.Descriptor instead.
+func (*VerifySnapshotResponse_Damage) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{35, 0}
+}
+
+func (x *VerifySnapshotResponse_Damage) GetFile() string {
+	if x != nil {
+		return x.File
+	}
+	return ""
+}
+
+func (x *VerifySnapshotResponse_Damage) GetOffset() int64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *VerifySnapshotResponse_Damage) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+// Kinds of a node: an image, a snapshot, or a point that no snapshot names, which
+// is where a sandbox is paused or which sandboxes were forked at.
+type GetSnapshotTreeResponse_Node struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`   // of the manifest of memory; of an image its own
+	Parent        string                 `protobuf:"bytes,2,opt,name=parent,proto3" json:"parent,omitempty"`   // the digest of another node; empty: the root
+	Kind          string                 `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"`       // "template", "snapshot", "pause" or "point"
+	Name          string                 `protobuf:"bytes,4,opt,name=name,proto3" json:"name,omitempty"`       // of a template or a snapshot
+	Sandbox       string                 `protobuf:"bytes,5,opt,name=sandbox,proto3" json:"sandbox,omitempty"` // of a pause; which a snapshot was taken of
+	Generation    uint32                 `protobuf:"varint,6,opt,name=generation,proto3" json:"generation,omitempty"`
+	OwnBytes      uint64                 `protobuf:"varint,7,opt,name=own_bytes,json=ownBytes,proto3" json:"own_bytes,omitempty"`
+	At            *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=at,proto3" json:"at,omitempty"`
+	Running       []string               `protobuf:"bytes,9,rep,name=running,proto3" json:"running,omitempty"` // the sandboxes that were started from here and run
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSnapshotTreeResponse_Node) Reset() {
+	*x = GetSnapshotTreeResponse_Node{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[94]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSnapshotTreeResponse_Node) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSnapshotTreeResponse_Node) ProtoMessage() {}
+
+func (x *GetSnapshotTreeResponse_Node) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[94]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSnapshotTreeResponse_Node.ProtoReflect.Descriptor instead.
+func (*GetSnapshotTreeResponse_Node) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{37, 0}
+}
+
+func (x *GetSnapshotTreeResponse_Node) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *GetSnapshotTreeResponse_Node) GetParent() string {
+	if x != nil {
+		return x.Parent
+	}
+	return ""
+}
+
+func (x *GetSnapshotTreeResponse_Node) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *GetSnapshotTreeResponse_Node) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *GetSnapshotTreeResponse_Node) GetSandbox() string {
+	if x != nil {
+		return x.Sandbox
+	}
+	return ""
+}
+
+func (x *GetSnapshotTreeResponse_Node) GetGeneration() uint32 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *GetSnapshotTreeResponse_Node) GetOwnBytes() uint64 {
+	if x != nil {
+		return x.OwnBytes
+	}
+	return 0
+}
+
+func (x *GetSnapshotTreeResponse_Node) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *GetSnapshotTreeResponse_Node) GetRunning() []string {
+	if x != nil {
+		return x.Running
+	}
+	return nil
+}
+
+type ExecStreamRequest_Start struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Id      string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Command *Command               `protobuf:"bytes,2,opt,name=command,proto3" json:"command,omitempty"`
+	Stdin   bool                   `protobuf:"varint,3,opt,name=stdin,proto3" json:"stdin,omitempty"` // false: the command reads /dev/null
+	// The command gets a terminal: what is typed is stdin, what it shows is stdout.
+	Terminal *Terminal `protobuf:"bytes,4,opt,name=terminal,proto3" json:"terminal,omitempty"`
+	// The command outlives this stream, from the moment its start was told.
+	Keep          bool `protobuf:"varint,5,opt,name=keep,proto3" json:"keep,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ExecStreamRequest_Start) Reset() {
 	*x = ExecStreamRequest_Start{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[48]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3008,7 +5878,7 @@ func (x *ExecStreamRequest_Start) String() string {
 func (*ExecStreamRequest_Start) ProtoMessage() {}
 
 func (x *ExecStreamRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[48]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3021,7 +5891,7 @@ func (x *ExecStreamRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecStreamRequest_Start) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{22, 0}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{44, 0}
 }
 
 func (x *ExecStreamRequest_Start) GetId() string {
@@ -3045,6 +5915,80 @@ func (x *ExecStreamRequest_Start) GetStdin() bool {
 	return false
 }
 
+func (x *ExecStreamRequest_Start) GetTerminal() *Terminal {
+	if x != nil {
+		return x.Terminal
+	}
+	return nil
+}
+
+func (x *ExecStreamRequest_Start) GetKeep() bool {
+	if x != nil {
+		return x.Keep
+	}
+	return false
+}
+
+type ExecStreamRequest_Attach struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Pid           uint32                 `protobuf:"varint,2,opt,name=pid,proto3" json:"pid,omitempty"`
+	Terminal      *Terminal              `protobuf:"bytes,3,opt,name=terminal,proto3" json:"terminal,omitempty"` // its size from now on
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExecStreamRequest_Attach) Reset() {
+	*x = ExecStreamRequest_Attach{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[97]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExecStreamRequest_Attach) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExecStreamRequest_Attach) ProtoMessage() {}
+
+func (x *ExecStreamRequest_Attach) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[97]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExecStreamRequest_Attach.ProtoReflect.Descriptor instead.
+func (*ExecStreamRequest_Attach) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{44, 1}
+}
+
+func (x *ExecStreamRequest_Attach) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ExecStreamRequest_Attach) GetPid() uint32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *ExecStreamRequest_Attach) GetTerminal() *Terminal {
+	if x != nil {
+		return x.Terminal
+	}
+	return nil
+}
+
 type ExecStreamRequest_CloseStdin struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3053,7 +5997,7 @@ type ExecStreamRequest_CloseStdin struct {
 
 func (x *ExecStreamRequest_CloseStdin) Reset() {
 	*x = ExecStreamRequest_CloseStdin{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[49]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3065,7 +6009,7 @@ func (x *ExecStreamRequest_CloseStdin) String() string {
 func (*ExecStreamRequest_CloseStdin) ProtoMessage() {}
 
 func (x *ExecStreamRequest_CloseStdin) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[49]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3078,7 +6022,7 @@ func (x *ExecStreamRequest_CloseStdin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamRequest_CloseStdin.ProtoReflect.Descriptor instead.
 func (*ExecStreamRequest_CloseStdin) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{22, 1}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{44, 2}
 }
 
 type ExecStreamRequest_Kill struct {
@@ -3090,7 +6034,7 @@ type ExecStreamRequest_Kill struct {
 
 func (x *ExecStreamRequest_Kill) Reset() {
 	*x = ExecStreamRequest_Kill{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[50]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3102,7 +6046,7 @@ func (x *ExecStreamRequest_Kill) String() string {
 func (*ExecStreamRequest_Kill) ProtoMessage() {}
 
 func (x *ExecStreamRequest_Kill) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[50]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3115,7 +6059,7 @@ func (x *ExecStreamRequest_Kill) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamRequest_Kill.ProtoReflect.Descriptor instead.
 func (*ExecStreamRequest_Kill) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{22, 2}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{44, 3}
 }
 
 func (x *ExecStreamRequest_Kill) GetSignal() int32 {
@@ -3134,7 +6078,7 @@ type ExecStreamResponse_Started struct {
 
 func (x *ExecStreamResponse_Started) Reset() {
 	*x = ExecStreamResponse_Started{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[51]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3146,7 +6090,7 @@ func (x *ExecStreamResponse_Started) String() string {
 func (*ExecStreamResponse_Started) ProtoMessage() {}
 
 func (x *ExecStreamResponse_Started) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[51]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3159,7 +6103,7 @@ func (x *ExecStreamResponse_Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamResponse_Started.ProtoReflect.Descriptor instead.
 func (*ExecStreamResponse_Started) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{23, 0}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{46, 0}
 }
 
 func (x *ExecStreamResponse_Started) GetPid() uint32 {
@@ -3177,7 +6121,7 @@ type ExecStreamResponse_KeepAlive struct {
 
 func (x *ExecStreamResponse_KeepAlive) Reset() {
 	*x = ExecStreamResponse_KeepAlive{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[52]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3189,7 +6133,7 @@ func (x *ExecStreamResponse_KeepAlive) String() string {
 func (*ExecStreamResponse_KeepAlive) ProtoMessage() {}
 
 func (x *ExecStreamResponse_KeepAlive) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[52]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3202,7 +6146,7 @@ func (x *ExecStreamResponse_KeepAlive) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamResponse_KeepAlive.ProtoReflect.Descriptor instead.
 func (*ExecStreamResponse_KeepAlive) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{23, 1}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{46, 1}
 }
 
 type WriteFileRequest_Start struct {
@@ -3216,7 +6160,7 @@ type WriteFileRequest_Start struct {
 
 func (x *WriteFileRequest_Start) Reset() {
 	*x = WriteFileRequest_Start{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[53]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3228,7 +6172,7 @@ func (x *WriteFileRequest_Start) String() string {
 func (*WriteFileRequest_Start) ProtoMessage() {}
 
 func (x *WriteFileRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[53]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3241,7 +6185,7 @@ func (x *WriteFileRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileRequest_Start.ProtoReflect.Descriptor instead.
 func (*WriteFileRequest_Start) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{37, 0}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{62, 0}
 }
 
 func (x *WriteFileRequest_Start) GetId() string {
@@ -3265,12 +6209,388 @@ func (x *WriteFileRequest_Start) GetUser() string {
 	return ""
 }
 
+type WatchDirResponse_Started struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchDirResponse_Started) Reset() {
+	*x = WatchDirResponse_Started{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[103]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchDirResponse_Started) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchDirResponse_Started) ProtoMessage() {}
+
+func (x *WatchDirResponse_Started) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[103]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchDirResponse_Started.ProtoReflect.Descriptor instead.
+func (*WatchDirResponse_Started) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{65, 0}
+}
+
+type WatchDirResponse_Lost struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchDirResponse_Lost) Reset() {
+	*x = WatchDirResponse_Lost{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[104]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchDirResponse_Lost) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchDirResponse_Lost) ProtoMessage() {}
+
+func (x *WatchDirResponse_Lost) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[104]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchDirResponse_Lost.ProtoReflect.Descriptor instead.
+func (*WatchDirResponse_Lost) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{65, 1}
+}
+
+type OpenPortRequest_Start struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Port          uint32                 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenPortRequest_Start) Reset() {
+	*x = OpenPortRequest_Start{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[105]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenPortRequest_Start) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenPortRequest_Start) ProtoMessage() {}
+
+func (x *OpenPortRequest_Start) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[105]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenPortRequest_Start.ProtoReflect.Descriptor instead.
+func (*OpenPortRequest_Start) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{67, 0}
+}
+
+func (x *OpenPortRequest_Start) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *OpenPortRequest_Start) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+type OpenPortResponse_Opened struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenPortResponse_Opened) Reset() {
+	*x = OpenPortResponse_Opened{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[106]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenPortResponse_Opened) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenPortResponse_Opened) ProtoMessage() {}
+
+func (x *OpenPortResponse_Opened) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[106]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenPortResponse_Opened.ProtoReflect.Descriptor instead.
+func (*OpenPortResponse_Opened) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{68, 0}
+}
+
+type OpenPortResponse_End struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenPortResponse_End) Reset() {
+	*x = OpenPortResponse_End{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[107]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenPortResponse_End) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenPortResponse_End) ProtoMessage() {}
+
+func (x *OpenPortResponse_End) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[107]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenPortResponse_End.ProtoReflect.Descriptor instead.
+func (*OpenPortResponse_End) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{68, 1}
+}
+
+type BuildTemplateRequest_Start struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Where it comes from: "image" (a registry), "packages" (Debian's),
+	// "archive" (of an image), "rootfs" (a tar file) or "dockerfile" (a context);
+	// all but the first two are uploads.
+	Source string `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	// Of "image" the reference, of "archive" which of its images.
+	Image         string                    `protobuf:"bytes,3,opt,name=image,proto3" json:"image,omitempty"`
+	Dockerfile    string                    `protobuf:"bytes,4,opt,name=dockerfile,proto3" json:"dockerfile,omitempty"` // its path in the context
+	Target        string                    `protobuf:"bytes,5,opt,name=target,proto3" json:"target,omitempty"`
+	Args          map[string]string         `protobuf:"bytes,6,rep,name=args,proto3" json:"args,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Registries    map[string]*RegistryLogin `protobuf:"bytes,7,rep,name=registries,proto3" json:"registries,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // by their names in references
+	ImageMib      uint32                    `protobuf:"varint,8,opt,name=image_mib,json=imageMib,proto3" json:"image_mib,omitempty"`
+	Suite         string                    `protobuf:"bytes,9,opt,name=suite,proto3" json:"suite,omitempty"` // of "packages"; empty: the default
+	Packages      []string                  `protobuf:"bytes,10,rep,name=packages,proto3" json:"packages,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildTemplateRequest_Start) Reset() {
+	*x = BuildTemplateRequest_Start{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[108]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildTemplateRequest_Start) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildTemplateRequest_Start) ProtoMessage() {}
+
+func (x *BuildTemplateRequest_Start) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[108]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildTemplateRequest_Start.ProtoReflect.Descriptor instead.
+func (*BuildTemplateRequest_Start) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{73, 0}
+}
+
+func (x *BuildTemplateRequest_Start) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *BuildTemplateRequest_Start) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *BuildTemplateRequest_Start) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *BuildTemplateRequest_Start) GetDockerfile() string {
+	if x != nil {
+		return x.Dockerfile
+	}
+	return ""
+}
+
+func (x *BuildTemplateRequest_Start) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *BuildTemplateRequest_Start) GetArgs() map[string]string {
+	if x != nil {
+		return x.Args
+	}
+	return nil
+}
+
+func (x *BuildTemplateRequest_Start) GetRegistries() map[string]*RegistryLogin {
+	if x != nil {
+		return x.Registries
+	}
+	return nil
+}
+
+func (x *BuildTemplateRequest_Start) GetImageMib() uint32 {
+	if x != nil {
+		return x.ImageMib
+	}
+	return 0
+}
+
+func (x *BuildTemplateRequest_Start) GetSuite() string {
+	if x != nil {
+		return x.Suite
+	}
+	return ""
+}
+
+func (x *BuildTemplateRequest_Start) GetPackages() []string {
+	if x != nil {
+		return x.Packages
+	}
+	return nil
+}
+
+type BuildTemplateResponse_Event struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Step          string                 `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
+	Fraction      float64                `protobuf:"fixed64,2,opt,name=fraction,proto3" json:"fraction,omitempty"` // of the step, or negative: not known
+	Line          string                 `protobuf:"bytes,3,opt,name=line,proto3" json:"line,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildTemplateResponse_Event) Reset() {
+	*x = BuildTemplateResponse_Event{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[111]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildTemplateResponse_Event) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildTemplateResponse_Event) ProtoMessage() {}
+
+func (x *BuildTemplateResponse_Event) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[111]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildTemplateResponse_Event.ProtoReflect.Descriptor instead.
+func (*BuildTemplateResponse_Event) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{75, 0}
+}
+
+func (x *BuildTemplateResponse_Event) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *BuildTemplateResponse_Event) GetFraction() float64 {
+	if x != nil {
+		return x.Fraction
+	}
+	return 0
+}
+
+func (x *BuildTemplateResponse_Event) GetLine() string {
+	if x != nil {
+		return x.Line
+	}
+	return ""
+}
+
 var File_dormouse_host_v1_host_proto protoreflect.FileDescriptor
 
 const file_dormouse_host_v1_host_proto_rawDesc = "" +
 	"\n" +
 	"\x1bdormouse/host/v1/host.proto\x12\x10dormouse.host.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x10\n" +
-	"\x0eGetHostRequest\"\xb5\x03\n" +
+	"\x0eGetHostRequest\"\xcc\x04\n" +
 	"\x0fGetHostResponse\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x10\n" +
@@ -3285,9 +6605,16 @@ const file_dormouse_host_v1_host_proto_rawDesc = "" +
 	" \x01(\x04R\vdiskFreeMib\x12\x1c\n" +
 	"\tsandboxes\x18\v \x01(\rR\tsandboxes\x12#\n" +
 	"\rmax_sandboxes\x18\f \x01(\rR\fmaxSandboxes\x12\x1a\n" +
-	"\binstance\x18\r \x01(\tR\binstance\"+\n" +
+	"\binstance\x18\r \x01(\tR\binstance\x12\x1f\n" +
+	"\vdisk_driver\x18\x0e \x01(\tR\n" +
+	"diskDriver\x12\x1f\n" +
+	"\vdisk_reason\x18\x0f \x01(\tR\n" +
+	"diskReason\x12\x16\n" +
+	"\x06cgroup\x18\x10 \x01(\bR\x06cgroup\x12#\n" +
+	"\rcgroup_reason\x18\x11 \x01(\tR\fcgroupReason\x12\x16\n" +
+	"\x06damage\x18\x12 \x03(\tR\x06damage\"+\n" +
 	"\rNetworkPolicy\x12\x1a\n" +
-	"\binternet\x18\x01 \x01(\bR\binternet\"\x84\x03\n" +
+	"\binternet\x18\x01 \x01(\bR\binternet\"\xae\x03\n" +
 	"\vSandboxSpec\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
 	"\btemplate\x18\x02 \x01(\tR\btemplate\x12\x14\n" +
@@ -3297,10 +6624,12 @@ const file_dormouse_host_v1_host_proto_rawDesc = "" +
 	"\x03env\x18\x06 \x03(\v2&.dormouse.host.v1.SandboxSpec.EnvEntryR\x03env\x129\n" +
 	"\anetwork\x18\a \x01(\v2\x1f.dormouse.host.v1.NetworkPolicyR\anetwork\x126\n" +
 	"\bdeadline\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x12\x1a\n" +
-	"\bhostname\x18\t \x01(\tR\bhostname\x1a6\n" +
+	"\bhostname\x18\t \x01(\tR\bhostname\x12(\n" +
+	"\x10auto_pause_nanos\x18\n" +
+	" \x01(\x03R\x0eautoPauseNanos\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xcd\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xeb\x04\n" +
 	"\rSandboxStatus\x121\n" +
 	"\x04spec\x18\x01 \x01(\v2\x1d.dormouse.host.v1.SandboxSpecR\x04spec\x12-\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x17.dormouse.host.v1.StateR\x05state\x12\x14\n" +
@@ -3309,12 +6638,53 @@ const file_dormouse_host_v1_host_proto_rawDesc = "" +
 	"\n" +
 	"created_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x125\n" +
 	"\bended_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\aendedAt\x12/\n" +
-	"\x06phases\x18\a \x03(\v2\x17.dormouse.host.v1.PhaseR\x06phases\"1\n" +
+	"\x06phases\x18\a \x03(\v2\x17.dormouse.host.v1.PhaseR\x06phases\x12\x16\n" +
+	"\x06frozen\x18\b \x01(\tR\x06frozen\x12-\n" +
+	"\x05saved\x18\t \x01(\v2\x17.dormouse.host.v1.SavedR\x05saved\x127\n" +
+	"\tpaused_at\x18\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\bpausedAt\x12!\n" +
+	"\fpause_reason\x18\v \x01(\tR\vpauseReason\x129\n" +
+	"\n" +
+	"idle_since\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\tidleSince\x12(\n" +
+	"\x10auto_pause_error\x18\r \x01(\tR\x0eautoPauseError\x12\x14\n" +
+	"\x05start\x18\x0e \x01(\tR\x05start\"\x9f\x03\n" +
+	"\x05Saved\x12\x14\n" +
+	"\x05vcpus\x18\x01 \x01(\rR\x05vcpus\x12\x17\n" +
+	"\amem_mib\x18\x02 \x01(\rR\x06memMib\x12\x19\n" +
+	"\bdisk_mib\x18\x03 \x01(\rR\adiskMib\x12\x16\n" +
+	"\x06compat\x18\x04 \x01(\tR\x06compat\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x05 \x01(\rR\n" +
+	"generation\x12#\n" +
+	"\rmemory_digest\x18\x06 \x01(\tR\fmemoryDigest\x12\x1f\n" +
+	"\vdisk_digest\x18\a \x01(\tR\n" +
+	"diskDigest\x12#\n" +
+	"\rparent_digest\x18\b \x01(\tR\fparentDigest\x12!\n" +
+	"\fmemory_bytes\x18\t \x01(\x04R\vmemoryBytes\x12\x1d\n" +
+	"\n" +
+	"disk_bytes\x18\n" +
+	" \x01(\x04R\tdiskBytes\x12\x1b\n" +
+	"\town_bytes\x18\v \x01(\x04R\bownBytes\x12\x1e\n" +
+	"\n" +
+	"durability\x18\f \x01(\tR\n" +
+	"durability\x12*\n" +
+	"\x02at\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"\x97\x02\n" +
+	"\n" +
+	"SaveReport\x12/\n" +
+	"\x06phases\x18\x01 \x03(\v2\x17.dormouse.host.v1.PhaseR\x06phases\x12#\n" +
+	"\rstopped_nanos\x18\x02 \x01(\x03R\fstoppedNanos\x12#\n" +
+	"\rchanged_pages\x18\x03 \x01(\x04R\fchangedPages\x12%\n" +
+	"\x0echanged_blocks\x18\x04 \x01(\x04R\rchangedBlocks\x12\x1f\n" +
+	"\vdirty_pages\x18\x05 \x01(\x04R\n" +
+	"dirtyPages\x12!\n" +
+	"\fdirty_blocks\x18\x06 \x01(\x04R\vdirtyBlocks\x12#\n" +
+	"\rbytes_written\x18\a \x01(\x04R\fbytesWritten\"1\n" +
 	"\x05Phase\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
-	"\x05nanos\x18\x02 \x01(\x03R\x05nanos\"I\n" +
+	"\x05nanos\x18\x02 \x01(\x03R\x05nanos\"d\n" +
 	"\x14CreateSandboxRequest\x121\n" +
-	"\x04spec\x18\x01 \x01(\v2\x1d.dormouse.host.v1.SandboxSpecR\x04spec\"P\n" +
+	"\x04spec\x18\x01 \x01(\v2\x1d.dormouse.host.v1.SandboxSpecR\x04spec\x12\x19\n" +
+	"\bno_start\x18\x02 \x01(\bR\anoStart\"P\n" +
 	"\x15CreateSandboxResponse\x127\n" +
 	"\x06status\x18\x01 \x01(\v2\x1f.dormouse.host.v1.SandboxStatusR\x06status\"=\n" +
 	"\x15DestroySandboxRequest\x12\x0e\n" +
@@ -3327,11 +6697,107 @@ const file_dormouse_host_v1_host_proto_rawDesc = "" +
 	"\tsandboxes\x18\x01 \x03(\v2\x1f.dormouse.host.v1.SandboxStatusR\tsandboxes\"+\n" +
 	"\x17AcknowledgeEndedRequest\x12\x10\n" +
 	"\x03ids\x18\x01 \x03(\tR\x03ids\"\x1a\n" +
-	"\x18AcknowledgeEndedResponse\"\\\n" +
+	"\x18AcknowledgeEndedResponse\"\xa0\x01\n" +
 	"\x12SetDeadlineRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x126\n" +
-	"\bdeadline\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\"\x15\n" +
-	"\x13SetDeadlineResponse\"$\n" +
+	"\bdeadline\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x12-\n" +
+	"\x10auto_pause_nanos\x18\x03 \x01(\x03H\x00R\x0eautoPauseNanos\x88\x01\x01B\x13\n" +
+	"\x11_auto_pause_nanos\"\x15\n" +
+	"\x13SetDeadlineResponse\"D\n" +
+	"\x13TouchSandboxRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
+	"\n" +
+	"hold_nanos\x18\x02 \x01(\x03R\tholdNanos\"\x16\n" +
+	"\x14TouchSandboxResponse\"%\n" +
+	"\x13PauseSandboxRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x85\x01\n" +
+	"\x14PauseSandboxResponse\x127\n" +
+	"\x06status\x18\x01 \x01(\v2\x1f.dormouse.host.v1.SandboxStatusR\x06status\x124\n" +
+	"\x06report\x18\x02 \x01(\v2\x1c.dormouse.host.v1.SaveReportR\x06report\"\xd9\x01\n" +
+	"\x14ResumeSandboxRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x126\n" +
+	"\bdeadline\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x12A\n" +
+	"\x03env\x18\x03 \x03(\v2/.dormouse.host.v1.ResumeSandboxRequest.EnvEntryR\x03env\x1a6\n" +
+	"\bEnvEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x81\x01\n" +
+	"\x15ResumeSandboxResponse\x127\n" +
+	"\x06status\x18\x01 \x01(\v2\x1f.dormouse.host.v1.SandboxStatusR\x06status\x12/\n" +
+	"\x06phases\x18\x02 \x03(\v2\x17.dormouse.host.v1.PhaseR\x06phases\"\xfc\x02\n" +
+	"\x12ForkSandboxRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12A\n" +
+	"\x06copies\x18\x02 \x03(\v2).dormouse.host.v1.ForkSandboxRequest.CopyR\x06copies\x1a\x92\x02\n" +
+	"\x04Copy\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
+	"\bhostname\x18\x02 \x01(\tR\bhostname\x126\n" +
+	"\bdeadline\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x12D\n" +
+	"\x03env\x18\x04 \x03(\v22.dormouse.host.v1.ForkSandboxRequest.Copy.EnvEntryR\x03env\x12(\n" +
+	"\x10auto_pause_nanos\x18\x05 \x01(\x03R\x0eautoPauseNanos\x1a6\n" +
+	"\bEnvEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x85\x02\n" +
+	"\x13ForkSandboxResponse\x124\n" +
+	"\x06report\x18\x01 \x01(\v2\x1c.dormouse.host.v1.SaveReportR\x06report\x12B\n" +
+	"\x06copies\x18\x02 \x03(\v2*.dormouse.host.v1.ForkSandboxResponse.CopyR\x06copies\x1at\n" +
+	"\x04Copy\x127\n" +
+	"\x06status\x18\x01 \x01(\v2\x1f.dormouse.host.v1.SandboxStatusR\x06status\x123\n" +
+	"\afailure\x18\x02 \x01(\v2\x19.dormouse.host.v1.FailureR\afailure\"7\n" +
+	"\aFailure\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x18\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\"\x96\x02\n" +
+	"\bSnapshot\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
+	"\x05saved\x18\x02 \x01(\v2\x17.dormouse.host.v1.SavedR\x05saved\x12\x18\n" +
+	"\asandbox\x18\x03 \x01(\tR\asandbox\x12\x1a\n" +
+	"\btemplate\x18\x04 \x01(\tR\btemplate\x12\x16\n" +
+	"\x06parent\x18\x05 \x01(\tR\x06parent\x12>\n" +
+	"\x06labels\x18\x06 \x03(\v2&.dormouse.host.v1.Snapshot.LabelsEntryR\x06labels\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc3\x01\n" +
+	"\x15CreateSnapshotRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12K\n" +
+	"\x06labels\x18\x03 \x03(\v23.dormouse.host.v1.CreateSnapshotRequest.LabelsEntryR\x06labels\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x86\x01\n" +
+	"\x16CreateSnapshotResponse\x126\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x1a.dormouse.host.v1.SnapshotR\bsnapshot\x124\n" +
+	"\x06report\x18\x02 \x01(\v2\x1c.dormouse.host.v1.SaveReportR\x06report\"+\n" +
+	"\x15DeleteSnapshotRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x18\n" +
+	"\x16DeleteSnapshotResponse\"\x16\n" +
+	"\x14ListSnapshotsRequest\"Q\n" +
+	"\x15ListSnapshotsResponse\x128\n" +
+	"\tsnapshots\x18\x01 \x03(\v2\x1a.dormouse.host.v1.SnapshotR\tsnapshots\"+\n" +
+	"\x15VerifySnapshotRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x8e\x02\n" +
+	"\x16VerifySnapshotResponse\x12\x14\n" +
+	"\x05files\x18\x01 \x01(\rR\x05files\x12\x14\n" +
+	"\x05bytes\x18\x02 \x01(\x04R\x05bytes\x12G\n" +
+	"\x06damage\x18\x03 \x03(\v2/.dormouse.host.v1.VerifySnapshotResponse.DamageR\x06damage\x12/\n" +
+	"\x06phases\x18\x04 \x03(\v2\x17.dormouse.host.v1.PhaseR\x06phases\x1aN\n" +
+	"\x06Damage\x12\x12\n" +
+	"\x04file\x18\x01 \x01(\tR\x04file\x12\x16\n" +
+	"\x06offset\x18\x02 \x01(\x03R\x06offset\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\",\n" +
+	"\x16GetSnapshotTreeRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\xdd\x02\n" +
+	"\x17GetSnapshotTreeResponse\x12D\n" +
+	"\x05nodes\x18\x01 \x03(\v2..dormouse.host.v1.GetSnapshotTreeResponse.NodeR\x05nodes\x1a\xfb\x01\n" +
+	"\x04Node\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x16\n" +
+	"\x06parent\x18\x02 \x01(\tR\x06parent\x12\x12\n" +
+	"\x04kind\x18\x03 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04name\x18\x04 \x01(\tR\x04name\x12\x18\n" +
+	"\asandbox\x18\x05 \x01(\tR\asandbox\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x06 \x01(\rR\n" +
+	"generation\x12\x1b\n" +
+	"\town_bytes\x18\a \x01(\x04R\bownBytes\x12*\n" +
+	"\x02at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x18\n" +
+	"\arunning\x18\t \x03(\tR\arunning\"$\n" +
 	"\x12PingSandboxRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"?\n" +
 	"\x13PingSandboxResponse\x12(\n" +
@@ -3361,22 +6827,33 @@ const file_dormouse_host_v1_host_proto_rawDesc = "" +
 	"\texit_code\x18\x01 \x01(\x05R\bexitCode\x12\x16\n" +
 	"\x06exited\x18\x02 \x01(\bR\x06exited\x12\x16\n" +
 	"\x06status\x18\x03 \x01(\tR\x06status\x12\x1b\n" +
-	"\ttimed_out\x18\x04 \x01(\bR\btimedOut\"\x9e\x03\n" +
+	"\ttimed_out\x18\x04 \x01(\bR\btimedOut\"\xcb\x05\n" +
 	"\x11ExecStreamRequest\x12A\n" +
 	"\x05start\x18\x01 \x01(\v2).dormouse.host.v1.ExecStreamRequest.StartH\x00R\x05start\x12\x16\n" +
 	"\x05stdin\x18\x02 \x01(\fH\x00R\x05stdin\x12Q\n" +
 	"\vclose_stdin\x18\x03 \x01(\v2..dormouse.host.v1.ExecStreamRequest.CloseStdinH\x00R\n" +
 	"closeStdin\x12>\n" +
-	"\x04kill\x18\x04 \x01(\v2(.dormouse.host.v1.ExecStreamRequest.KillH\x00R\x04kill\x1ab\n" +
+	"\x04kill\x18\x04 \x01(\v2(.dormouse.host.v1.ExecStreamRequest.KillH\x00R\x04kill\x12D\n" +
+	"\x06attach\x18\x05 \x01(\v2*.dormouse.host.v1.ExecStreamRequest.AttachH\x00R\x06attach\x124\n" +
+	"\x06resize\x18\x06 \x01(\v2\x1a.dormouse.host.v1.TerminalH\x00R\x06resize\x1a\xae\x01\n" +
 	"\x05Start\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x123\n" +
 	"\acommand\x18\x02 \x01(\v2\x19.dormouse.host.v1.CommandR\acommand\x12\x14\n" +
-	"\x05stdin\x18\x03 \x01(\bR\x05stdin\x1a\f\n" +
+	"\x05stdin\x18\x03 \x01(\bR\x05stdin\x126\n" +
+	"\bterminal\x18\x04 \x01(\v2\x1a.dormouse.host.v1.TerminalR\bterminal\x12\x12\n" +
+	"\x04keep\x18\x05 \x01(\bR\x04keep\x1ab\n" +
+	"\x06Attach\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
+	"\x03pid\x18\x02 \x01(\rR\x03pid\x126\n" +
+	"\bterminal\x18\x03 \x01(\v2\x1a.dormouse.host.v1.TerminalR\bterminal\x1a\f\n" +
 	"\n" +
 	"CloseStdin\x1a\x1e\n" +
 	"\x04Kill\x12\x16\n" +
 	"\x06signal\x18\x01 \x01(\x05R\x06signalB\t\n" +
-	"\amessage\"\xc6\x02\n" +
+	"\amessage\"2\n" +
+	"\bTerminal\x12\x12\n" +
+	"\x04cols\x18\x01 \x01(\rR\x04cols\x12\x12\n" +
+	"\x04rows\x18\x02 \x01(\rR\x04rows\"\xc6\x02\n" +
 	"\x12ExecStreamResponse\x12H\n" +
 	"\astarted\x18\x01 \x01(\v2,.dormouse.host.v1.ExecStreamResponse.StartedH\x00R\astarted\x12\x18\n" +
 	"\x06stdout\x18\x02 \x01(\fH\x00R\x06stdout\x12\x18\n" +
@@ -3386,7 +6863,12 @@ const file_dormouse_host_v1_host_proto_rawDesc = "" +
 	"\aStarted\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\rR\x03pid\x1a\v\n" +
 	"\tKeepAliveB\t\n" +
-	"\amessage\"\xa1\x02\n" +
+	"\amessage\"P\n" +
+	"\x14SignalCommandRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
+	"\x03pid\x18\x02 \x01(\rR\x03pid\x12\x16\n" +
+	"\x06signal\x18\x03 \x01(\x05R\x06signal\"\x17\n" +
+	"\x15SignalCommandResponse\"\xa1\x02\n" +
 	"\tFileEntry\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n" +
@@ -3449,7 +6931,36 @@ const file_dormouse_host_v1_host_proto_rawDesc = "" +
 	"\amessage\";\n" +
 	"\x11WriteFileResponse\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x03R\x04size\"d\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\"g\n" +
+	"\x0fWatchDirRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n" +
+	"\x04user\x18\x03 \x01(\tR\x04user\x12\x1c\n" +
+	"\trecursive\x18\x04 \x01(\bR\trecursive\"\xec\x01\n" +
+	"\x10WatchDirResponse\x12F\n" +
+	"\astarted\x18\x01 \x01(\v2*.dormouse.host.v1.WatchDirResponse.StartedH\x00R\astarted\x123\n" +
+	"\x05event\x18\x02 \x01(\v2\x1b.dormouse.host.v1.FileEventH\x00R\x05event\x12=\n" +
+	"\x04lost\x18\x03 \x01(\v2'.dormouse.host.v1.WatchDirResponse.LostH\x00R\x04lost\x1a\t\n" +
+	"\aStarted\x1a\x06\n" +
+	"\x04LostB\t\n" +
+	"\amessage\"3\n" +
+	"\tFileEvent\x12\x12\n" +
+	"\x04type\x18\x01 \x01(\tR\x04type\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"\xa0\x01\n" +
+	"\x0fOpenPortRequest\x12?\n" +
+	"\x05start\x18\x01 \x01(\v2'.dormouse.host.v1.OpenPortRequest.StartH\x00R\x05start\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04data\x1a+\n" +
+	"\x05Start\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04port\x18\x02 \x01(\rR\x04portB\t\n" +
+	"\amessage\"\xc5\x01\n" +
+	"\x10OpenPortResponse\x12C\n" +
+	"\x06opened\x18\x01 \x01(\v2).dormouse.host.v1.OpenPortResponse.OpenedH\x00R\x06opened\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04data\x12:\n" +
+	"\x03end\x18\x03 \x01(\v2&.dormouse.host.v1.OpenPortResponse.EndH\x00R\x03end\x1a\b\n" +
+	"\x06Opened\x1a\x05\n" +
+	"\x03EndB\t\n" +
+	"\amessage\"d\n" +
 	"\x12ReadConsoleRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
@@ -3474,10 +6985,59 @@ const file_dormouse_host_v1_host_proto_rawDesc = "" +
 	"\x10disk_total_bytes\x18\b \x01(\x04R\x0ediskTotalBytes\x12$\n" +
 	"\x0ehost_rss_bytes\x18\t \x01(\x04R\fhostRssBytes\x12,\n" +
 	"\x12host_overlay_bytes\x18\n" +
-	" \x01(\x04R\x10hostOverlayBytes\"\x16\n" +
+	" \x01(\x04R\x10hostOverlayBytes\"\x93\x05\n" +
+	"\x14BuildTemplateRequest\x12D\n" +
+	"\x05start\x18\x01 \x01(\v2,.dormouse.host.v1.BuildTemplateRequest.StartH\x00R\x05start\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04data\x1a\x93\x04\n" +
+	"\x05Start\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\tR\x06source\x12\x14\n" +
+	"\x05image\x18\x03 \x01(\tR\x05image\x12\x1e\n" +
+	"\n" +
+	"dockerfile\x18\x04 \x01(\tR\n" +
+	"dockerfile\x12\x16\n" +
+	"\x06target\x18\x05 \x01(\tR\x06target\x12J\n" +
+	"\x04args\x18\x06 \x03(\v26.dormouse.host.v1.BuildTemplateRequest.Start.ArgsEntryR\x04args\x12\\\n" +
+	"\n" +
+	"registries\x18\a \x03(\v2<.dormouse.host.v1.BuildTemplateRequest.Start.RegistriesEntryR\n" +
+	"registries\x12\x1b\n" +
+	"\timage_mib\x18\b \x01(\rR\bimageMib\x12\x14\n" +
+	"\x05suite\x18\t \x01(\tR\x05suite\x12\x1a\n" +
+	"\bpackages\x18\n" +
+	" \x03(\tR\bpackages\x1a7\n" +
+	"\tArgsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a^\n" +
+	"\x0fRegistriesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x125\n" +
+	"\x05value\x18\x02 \x01(\v2\x1f.dormouse.host.v1.RegistryLoginR\x05value:\x028\x01B\t\n" +
+	"\amessage\"]\n" +
+	"\rRegistryLogin\x12\x1a\n" +
+	"\busername\x18\x01 \x01(\tR\busername\x12\x1a\n" +
+	"\bpassword\x18\x02 \x01(\tR\bpassword\x12\x14\n" +
+	"\x05token\x18\x03 \x01(\tR\x05token\"\xf0\x01\n" +
+	"\x15BuildTemplateResponse\x12E\n" +
+	"\x05event\x18\x01 \x01(\v2-.dormouse.host.v1.BuildTemplateResponse.EventH\x00R\x05event\x128\n" +
+	"\btemplate\x18\x02 \x01(\v2\x1a.dormouse.host.v1.TemplateH\x00R\btemplate\x1aK\n" +
+	"\x05Event\x12\x12\n" +
+	"\x04step\x18\x01 \x01(\tR\x04step\x12\x1a\n" +
+	"\bfraction\x18\x02 \x01(\x01R\bfraction\x12\x12\n" +
+	"\x04line\x18\x03 \x01(\tR\x04lineB\t\n" +
+	"\amessage\"+\n" +
+	"\x15DeleteTemplateRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x18\n" +
+	"\x16DeleteTemplateResponse\"(\n" +
+	"\x12GetTemplateRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"M\n" +
+	"\x13GetTemplateResponse\x126\n" +
+	"\btemplate\x18\x01 \x01(\v2\x1a.dormouse.host.v1.TemplateR\btemplate\",\n" +
+	"\x16ReadTemplateLogRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"+\n" +
+	"\x17ReadTemplateLogResponse\x12\x10\n" +
+	"\x03log\x18\x01 \x01(\fR\x03log\"\x16\n" +
 	"\x14ListTemplatesRequest\"Q\n" +
 	"\x15ListTemplatesResponse\x128\n" +
-	"\ttemplates\x18\x01 \x03(\v2\x1a.dormouse.host.v1.TemplateR\ttemplates\"\xfa\x01\n" +
+	"\ttemplates\x18\x01 \x03(\v2\x1a.dormouse.host.v1.TemplateR\ttemplates\"\x8e\x03\n" +
 	"\bTemplate\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x1d\n" +
@@ -3487,13 +7047,27 @@ const file_dormouse_host_v1_host_proto_rawDesc = "" +
 	"minDiskMib\x12!\n" +
 	"\fdefault_user\x18\x05 \x01(\tR\vdefaultUser\x12'\n" +
 	"\x0fdefault_workdir\x18\x06 \x01(\tR\x0edefaultWorkdir\x125\n" +
-	"\bbuilt_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\abuiltAt*l\n" +
+	"\bbuilt_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\abuiltAt\x12\x16\n" +
+	"\x06source\x18\b \x01(\tR\x06source\x12\x14\n" +
+	"\x05start\x18\t \x03(\tR\x05start\x12#\n" +
+	"\rexposed_ports\x18\n" +
+	" \x03(\tR\fexposedPorts\x12?\n" +
+	"\vhealthcheck\x18\v \x01(\v2\x1d.dormouse.host.v1.HealthcheckR\vhealthcheck\"\xb5\x01\n" +
+	"\vHealthcheck\x12\x12\n" +
+	"\x04test\x18\x01 \x03(\tR\x04test\x12%\n" +
+	"\x0einterval_nanos\x18\x02 \x01(\x03R\rintervalNanos\x12#\n" +
+	"\rtimeout_nanos\x18\x03 \x01(\x03R\ftimeoutNanos\x12,\n" +
+	"\x12start_period_nanos\x18\x04 \x01(\x03R\x10startPeriodNanos\x12\x18\n" +
+	"\aretries\x18\x05 \x01(\rR\aretries*\xa5\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSTATE_CREATING\x10\x01\x12\x11\n" +
 	"\rSTATE_RUNNING\x10\x02\x12\x14\n" +
 	"\x10STATE_DESTROYING\x10\x03\x12\x0f\n" +
-	"\vSTATE_ENDED\x10\x042\xb0\r\n" +
+	"\vSTATE_ENDED\x10\x04\x12\x11\n" +
+	"\rSTATE_PAUSING\x10\x05\x12\x10\n" +
+	"\fSTATE_PAUSED\x10\x06\x12\x12\n" +
+	"\x0eSTATE_RESUMING\x10\a2\xc2\x19\n" +
 	"\vHostService\x12N\n" +
 	"\aGetHost\x12 .dormouse.host.v1.GetHostRequest\x1a!.dormouse.host.v1.GetHostResponse\x12`\n" +
 	"\rCreateSandbox\x12&.dormouse.host.v1.CreateSandboxRequest\x1a'.dormouse.host.v1.CreateSandboxResponse\x12c\n" +
@@ -3501,10 +7075,20 @@ const file_dormouse_host_v1_host_proto_rawDesc = "" +
 	"\rListSandboxes\x12&.dormouse.host.v1.ListSandboxesRequest\x1a'.dormouse.host.v1.ListSandboxesResponse\x12i\n" +
 	"\x10AcknowledgeEnded\x12).dormouse.host.v1.AcknowledgeEndedRequest\x1a*.dormouse.host.v1.AcknowledgeEndedResponse\x12Z\n" +
 	"\vSetDeadline\x12$.dormouse.host.v1.SetDeadlineRequest\x1a%.dormouse.host.v1.SetDeadlineResponse\x12Z\n" +
-	"\vPingSandbox\x12$.dormouse.host.v1.PingSandboxRequest\x1a%.dormouse.host.v1.PingSandboxResponse\x12E\n" +
+	"\vPingSandbox\x12$.dormouse.host.v1.PingSandboxRequest\x1a%.dormouse.host.v1.PingSandboxResponse\x12]\n" +
+	"\fTouchSandbox\x12%.dormouse.host.v1.TouchSandboxRequest\x1a&.dormouse.host.v1.TouchSandboxResponse\x12]\n" +
+	"\fPauseSandbox\x12%.dormouse.host.v1.PauseSandboxRequest\x1a&.dormouse.host.v1.PauseSandboxResponse\x12`\n" +
+	"\rResumeSandbox\x12&.dormouse.host.v1.ResumeSandboxRequest\x1a'.dormouse.host.v1.ResumeSandboxResponse\x12Z\n" +
+	"\vForkSandbox\x12$.dormouse.host.v1.ForkSandboxRequest\x1a%.dormouse.host.v1.ForkSandboxResponse\x12c\n" +
+	"\x0eCreateSnapshot\x12'.dormouse.host.v1.CreateSnapshotRequest\x1a(.dormouse.host.v1.CreateSnapshotResponse\x12c\n" +
+	"\x0eDeleteSnapshot\x12'.dormouse.host.v1.DeleteSnapshotRequest\x1a(.dormouse.host.v1.DeleteSnapshotResponse\x12`\n" +
+	"\rListSnapshots\x12&.dormouse.host.v1.ListSnapshotsRequest\x1a'.dormouse.host.v1.ListSnapshotsResponse\x12c\n" +
+	"\x0eVerifySnapshot\x12'.dormouse.host.v1.VerifySnapshotRequest\x1a(.dormouse.host.v1.VerifySnapshotResponse\x12f\n" +
+	"\x0fGetSnapshotTree\x12(.dormouse.host.v1.GetSnapshotTreeRequest\x1a).dormouse.host.v1.GetSnapshotTreeResponse\x12E\n" +
 	"\x04Exec\x12\x1d.dormouse.host.v1.ExecRequest\x1a\x1e.dormouse.host.v1.ExecResponse\x12[\n" +
 	"\n" +
-	"ExecStream\x12#.dormouse.host.v1.ExecStreamRequest\x1a$.dormouse.host.v1.ExecStreamResponse(\x010\x01\x12Q\n" +
+	"ExecStream\x12#.dormouse.host.v1.ExecStreamRequest\x1a$.dormouse.host.v1.ExecStreamResponse(\x010\x01\x12`\n" +
+	"\rSignalCommand\x12&.dormouse.host.v1.SignalCommandRequest\x1a'.dormouse.host.v1.SignalCommandResponse\x12Q\n" +
 	"\bStatFile\x12!.dormouse.host.v1.StatFileRequest\x1a\".dormouse.host.v1.StatFileResponse\x12N\n" +
 	"\aListDir\x12 .dormouse.host.v1.ListDirRequest\x1a!.dormouse.host.v1.ListDirResponse\x12N\n" +
 	"\aMakeDir\x12 .dormouse.host.v1.MakeDirRequest\x1a!.dormouse.host.v1.MakeDirResponse\x12Q\n" +
@@ -3512,11 +7096,17 @@ const file_dormouse_host_v1_host_proto_rawDesc = "" +
 	"\n" +
 	"RemoveFile\x12#.dormouse.host.v1.RemoveFileRequest\x1a$.dormouse.host.v1.RemoveFileResponse\x12S\n" +
 	"\bReadFile\x12!.dormouse.host.v1.ReadFileRequest\x1a\".dormouse.host.v1.ReadFileResponse0\x01\x12V\n" +
-	"\tWriteFile\x12\".dormouse.host.v1.WriteFileRequest\x1a#.dormouse.host.v1.WriteFileResponse(\x01\x12Z\n" +
+	"\tWriteFile\x12\".dormouse.host.v1.WriteFileRequest\x1a#.dormouse.host.v1.WriteFileResponse(\x01\x12S\n" +
+	"\bWatchDir\x12!.dormouse.host.v1.WatchDirRequest\x1a\".dormouse.host.v1.WatchDirResponse0\x01\x12U\n" +
+	"\bOpenPort\x12!.dormouse.host.v1.OpenPortRequest\x1a\".dormouse.host.v1.OpenPortResponse(\x010\x01\x12Z\n" +
 	"\vReadConsole\x12$.dormouse.host.v1.ReadConsoleRequest\x1a%.dormouse.host.v1.ReadConsoleResponse\x12W\n" +
 	"\n" +
 	"GetMetrics\x12#.dormouse.host.v1.GetMetricsRequest\x1a$.dormouse.host.v1.GetMetricsResponse\x12`\n" +
-	"\rListTemplates\x12&.dormouse.host.v1.ListTemplatesRequest\x1a'.dormouse.host.v1.ListTemplatesResponseBOZMgithub.com/dormouse-sandbox/dormouse/host/hostapi/gen/dormouse/host/v1;hostv1b\x06proto3"
+	"\rListTemplates\x12&.dormouse.host.v1.ListTemplatesRequest\x1a'.dormouse.host.v1.ListTemplatesResponse\x12Z\n" +
+	"\vGetTemplate\x12$.dormouse.host.v1.GetTemplateRequest\x1a%.dormouse.host.v1.GetTemplateResponse\x12f\n" +
+	"\x0fReadTemplateLog\x12(.dormouse.host.v1.ReadTemplateLogRequest\x1a).dormouse.host.v1.ReadTemplateLogResponse\x12d\n" +
+	"\rBuildTemplate\x12&.dormouse.host.v1.BuildTemplateRequest\x1a'.dormouse.host.v1.BuildTemplateResponse(\x010\x01\x12c\n" +
+	"\x0eDeleteTemplate\x12'.dormouse.host.v1.DeleteTemplateRequest\x1a(.dormouse.host.v1.DeleteTemplateResponseBOZMgithub.com/dormouse-sandbox/dormouse/host/hostapi/gen/dormouse/host/v1;hostv1b\x06proto3"
 
 var (
 	file_dormouse_host_v1_host_proto_rawDescOnce sync.Once
@@ -3531,141 +7121,277 @@ func file_dormouse_host_v1_host_proto_rawDescGZIP() []byte {
 }
 
 var file_dormouse_host_v1_host_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_dormouse_host_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
+var file_dormouse_host_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 112)
 var file_dormouse_host_v1_host_proto_goTypes = []any{
-	(State)(0),                           // 0: dormouse.host.v1.State
-	(*GetHostRequest)(nil),               // 1: dormouse.host.v1.GetHostRequest
-	(*GetHostResponse)(nil),              // 2: dormouse.host.v1.GetHostResponse
-	(*NetworkPolicy)(nil),                // 3: dormouse.host.v1.NetworkPolicy
-	(*SandboxSpec)(nil),                  // 4: dormouse.host.v1.SandboxSpec
-	(*SandboxStatus)(nil),                // 5: dormouse.host.v1.SandboxStatus
-	(*Phase)(nil),                        // 6: dormouse.host.v1.Phase
-	(*CreateSandboxRequest)(nil),         // 7: dormouse.host.v1.CreateSandboxRequest
-	(*CreateSandboxResponse)(nil),        // 8: dormouse.host.v1.CreateSandboxResponse
-	(*DestroySandboxRequest)(nil),        // 9: dormouse.host.v1.DestroySandboxRequest
-	(*DestroySandboxResponse)(nil),       // 10: dormouse.host.v1.DestroySandboxResponse
-	(*ListSandboxesRequest)(nil),         // 11: dormouse.host.v1.ListSandboxesRequest
-	(*ListSandboxesResponse)(nil),        // 12: dormouse.host.v1.ListSandboxesResponse
-	(*AcknowledgeEndedRequest)(nil),      // 13: dormouse.host.v1.AcknowledgeEndedRequest
-	(*AcknowledgeEndedResponse)(nil),     // 14: dormouse.host.v1.AcknowledgeEndedResponse
-	(*SetDeadlineRequest)(nil),           // 15: dormouse.host.v1.SetDeadlineRequest
-	(*SetDeadlineResponse)(nil),          // 16: dormouse.host.v1.SetDeadlineResponse
-	(*PingSandboxRequest)(nil),           // 17: dormouse.host.v1.PingSandboxRequest
-	(*PingSandboxResponse)(nil),          // 18: dormouse.host.v1.PingSandboxResponse
-	(*Command)(nil),                      // 19: dormouse.host.v1.Command
-	(*ExecRequest)(nil),                  // 20: dormouse.host.v1.ExecRequest
-	(*ExecResponse)(nil),                 // 21: dormouse.host.v1.ExecResponse
-	(*ExecEnd)(nil),                      // 22: dormouse.host.v1.ExecEnd
-	(*ExecStreamRequest)(nil),            // 23: dormouse.host.v1.ExecStreamRequest
-	(*ExecStreamResponse)(nil),           // 24: dormouse.host.v1.ExecStreamResponse
-	(*FileEntry)(nil),                    // 25: dormouse.host.v1.FileEntry
-	(*StatFileRequest)(nil),              // 26: dormouse.host.v1.StatFileRequest
-	(*StatFileResponse)(nil),             // 27: dormouse.host.v1.StatFileResponse
-	(*ListDirRequest)(nil),               // 28: dormouse.host.v1.ListDirRequest
-	(*ListDirResponse)(nil),              // 29: dormouse.host.v1.ListDirResponse
-	(*MakeDirRequest)(nil),               // 30: dormouse.host.v1.MakeDirRequest
-	(*MakeDirResponse)(nil),              // 31: dormouse.host.v1.MakeDirResponse
-	(*MoveFileRequest)(nil),              // 32: dormouse.host.v1.MoveFileRequest
-	(*MoveFileResponse)(nil),             // 33: dormouse.host.v1.MoveFileResponse
-	(*RemoveFileRequest)(nil),            // 34: dormouse.host.v1.RemoveFileRequest
-	(*RemoveFileResponse)(nil),           // 35: dormouse.host.v1.RemoveFileResponse
-	(*ReadFileRequest)(nil),              // 36: dormouse.host.v1.ReadFileRequest
-	(*ReadFileResponse)(nil),             // 37: dormouse.host.v1.ReadFileResponse
-	(*WriteFileRequest)(nil),             // 38: dormouse.host.v1.WriteFileRequest
-	(*WriteFileResponse)(nil),            // 39: dormouse.host.v1.WriteFileResponse
-	(*ReadConsoleRequest)(nil),           // 40: dormouse.host.v1.ReadConsoleRequest
-	(*ReadConsoleResponse)(nil),          // 41: dormouse.host.v1.ReadConsoleResponse
-	(*GetMetricsRequest)(nil),            // 42: dormouse.host.v1.GetMetricsRequest
-	(*GetMetricsResponse)(nil),           // 43: dormouse.host.v1.GetMetricsResponse
-	(*ListTemplatesRequest)(nil),         // 44: dormouse.host.v1.ListTemplatesRequest
-	(*ListTemplatesResponse)(nil),        // 45: dormouse.host.v1.ListTemplatesResponse
-	(*Template)(nil),                     // 46: dormouse.host.v1.Template
-	nil,                                  // 47: dormouse.host.v1.SandboxSpec.EnvEntry
-	nil,                                  // 48: dormouse.host.v1.Command.EnvEntry
-	(*ExecStreamRequest_Start)(nil),      // 49: dormouse.host.v1.ExecStreamRequest.Start
-	(*ExecStreamRequest_CloseStdin)(nil), // 50: dormouse.host.v1.ExecStreamRequest.CloseStdin
-	(*ExecStreamRequest_Kill)(nil),       // 51: dormouse.host.v1.ExecStreamRequest.Kill
-	(*ExecStreamResponse_Started)(nil),   // 52: dormouse.host.v1.ExecStreamResponse.Started
-	(*ExecStreamResponse_KeepAlive)(nil), // 53: dormouse.host.v1.ExecStreamResponse.KeepAlive
-	(*WriteFileRequest_Start)(nil),       // 54: dormouse.host.v1.WriteFileRequest.Start
-	(*timestamppb.Timestamp)(nil),        // 55: google.protobuf.Timestamp
+	(State)(0),                            // 0: dormouse.host.v1.State
+	(*GetHostRequest)(nil),                // 1: dormouse.host.v1.GetHostRequest
+	(*GetHostResponse)(nil),               // 2: dormouse.host.v1.GetHostResponse
+	(*NetworkPolicy)(nil),                 // 3: dormouse.host.v1.NetworkPolicy
+	(*SandboxSpec)(nil),                   // 4: dormouse.host.v1.SandboxSpec
+	(*SandboxStatus)(nil),                 // 5: dormouse.host.v1.SandboxStatus
+	(*Saved)(nil),                         // 6: dormouse.host.v1.Saved
+	(*SaveReport)(nil),                    // 7: dormouse.host.v1.SaveReport
+	(*Phase)(nil),                         // 8: dormouse.host.v1.Phase
+	(*CreateSandboxRequest)(nil),          // 9: dormouse.host.v1.CreateSandboxRequest
+	(*CreateSandboxResponse)(nil),         // 10: dormouse.host.v1.CreateSandboxResponse
+	(*DestroySandboxRequest)(nil),         // 11: dormouse.host.v1.DestroySandboxRequest
+	(*DestroySandboxResponse)(nil),        // 12: dormouse.host.v1.DestroySandboxResponse
+	(*ListSandboxesRequest)(nil),          // 13: dormouse.host.v1.ListSandboxesRequest
+	(*ListSandboxesResponse)(nil),         // 14: dormouse.host.v1.ListSandboxesResponse
+	(*AcknowledgeEndedRequest)(nil),       // 15: dormouse.host.v1.AcknowledgeEndedRequest
+	(*AcknowledgeEndedResponse)(nil),      // 16: dormouse.host.v1.AcknowledgeEndedResponse
+	(*SetDeadlineRequest)(nil),            // 17: dormouse.host.v1.SetDeadlineRequest
+	(*SetDeadlineResponse)(nil),           // 18: dormouse.host.v1.SetDeadlineResponse
+	(*TouchSandboxRequest)(nil),           // 19: dormouse.host.v1.TouchSandboxRequest
+	(*TouchSandboxResponse)(nil),          // 20: dormouse.host.v1.TouchSandboxResponse
+	(*PauseSandboxRequest)(nil),           // 21: dormouse.host.v1.PauseSandboxRequest
+	(*PauseSandboxResponse)(nil),          // 22: dormouse.host.v1.PauseSandboxResponse
+	(*ResumeSandboxRequest)(nil),          // 23: dormouse.host.v1.ResumeSandboxRequest
+	(*ResumeSandboxResponse)(nil),         // 24: dormouse.host.v1.ResumeSandboxResponse
+	(*ForkSandboxRequest)(nil),            // 25: dormouse.host.v1.ForkSandboxRequest
+	(*ForkSandboxResponse)(nil),           // 26: dormouse.host.v1.ForkSandboxResponse
+	(*Failure)(nil),                       // 27: dormouse.host.v1.Failure
+	(*Snapshot)(nil),                      // 28: dormouse.host.v1.Snapshot
+	(*CreateSnapshotRequest)(nil),         // 29: dormouse.host.v1.CreateSnapshotRequest
+	(*CreateSnapshotResponse)(nil),        // 30: dormouse.host.v1.CreateSnapshotResponse
+	(*DeleteSnapshotRequest)(nil),         // 31: dormouse.host.v1.DeleteSnapshotRequest
+	(*DeleteSnapshotResponse)(nil),        // 32: dormouse.host.v1.DeleteSnapshotResponse
+	(*ListSnapshotsRequest)(nil),          // 33: dormouse.host.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil),         // 34: dormouse.host.v1.ListSnapshotsResponse
+	(*VerifySnapshotRequest)(nil),         // 35: dormouse.host.v1.VerifySnapshotRequest
+	(*VerifySnapshotResponse)(nil),        // 36: dormouse.host.v1.VerifySnapshotResponse
+	(*GetSnapshotTreeRequest)(nil),        // 37: dormouse.host.v1.GetSnapshotTreeRequest
+	(*GetSnapshotTreeResponse)(nil),       // 38: dormouse.host.v1.GetSnapshotTreeResponse
+	(*PingSandboxRequest)(nil),            // 39: dormouse.host.v1.PingSandboxRequest
+	(*PingSandboxResponse)(nil),           // 40: dormouse.host.v1.PingSandboxResponse
+	(*Command)(nil),                       // 41: dormouse.host.v1.Command
+	(*ExecRequest)(nil),                   // 42: dormouse.host.v1.ExecRequest
+	(*ExecResponse)(nil),                  // 43: dormouse.host.v1.ExecResponse
+	(*ExecEnd)(nil),                       // 44: dormouse.host.v1.ExecEnd
+	(*ExecStreamRequest)(nil),             // 45: dormouse.host.v1.ExecStreamRequest
+	(*Terminal)(nil),                      // 46: dormouse.host.v1.Terminal
+	(*ExecStreamResponse)(nil),            // 47: dormouse.host.v1.ExecStreamResponse
+	(*SignalCommandRequest)(nil),          // 48: dormouse.host.v1.SignalCommandRequest
+	(*SignalCommandResponse)(nil),         // 49: dormouse.host.v1.SignalCommandResponse
+	(*FileEntry)(nil),                     // 50: dormouse.host.v1.FileEntry
+	(*StatFileRequest)(nil),               // 51: dormouse.host.v1.StatFileRequest
+	(*StatFileResponse)(nil),              // 52: dormouse.host.v1.StatFileResponse
+	(*ListDirRequest)(nil),                // 53: dormouse.host.v1.ListDirRequest
+	(*ListDirResponse)(nil),               // 54: dormouse.host.v1.ListDirResponse
+	(*MakeDirRequest)(nil),                // 55: dormouse.host.v1.MakeDirRequest
+	(*MakeDirResponse)(nil),               // 56: dormouse.host.v1.MakeDirResponse
+	(*MoveFileRequest)(nil),               // 57: dormouse.host.v1.MoveFileRequest
+	(*MoveFileResponse)(nil),              // 58: dormouse.host.v1.MoveFileResponse
+	(*RemoveFileRequest)(nil),             // 59: dormouse.host.v1.RemoveFileRequest
+	(*RemoveFileResponse)(nil),            // 60: dormouse.host.v1.RemoveFileResponse
+	(*ReadFileRequest)(nil),               // 61: dormouse.host.v1.ReadFileRequest
+	(*ReadFileResponse)(nil),              // 62: dormouse.host.v1.ReadFileResponse
+	(*WriteFileRequest)(nil),              // 63: dormouse.host.v1.WriteFileRequest
+	(*WriteFileResponse)(nil),             // 64: dormouse.host.v1.WriteFileResponse
+	(*WatchDirRequest)(nil),               // 65: dormouse.host.v1.WatchDirRequest
+	(*WatchDirResponse)(nil),              // 66: dormouse.host.v1.WatchDirResponse
+	(*FileEvent)(nil),                     // 67: dormouse.host.v1.FileEvent
+	(*OpenPortRequest)(nil),               // 68: dormouse.host.v1.OpenPortRequest
+	(*OpenPortResponse)(nil),              // 69: dormouse.host.v1.OpenPortResponse
+	(*ReadConsoleRequest)(nil),            // 70: dormouse.host.v1.ReadConsoleRequest
+	(*ReadConsoleResponse)(nil),           // 71: dormouse.host.v1.ReadConsoleResponse
+	(*GetMetricsRequest)(nil),             // 72: dormouse.host.v1.GetMetricsRequest
+	(*GetMetricsResponse)(nil),            // 73: dormouse.host.v1.GetMetricsResponse
+	(*BuildTemplateRequest)(nil),          // 74: dormouse.host.v1.BuildTemplateRequest
+	(*RegistryLogin)(nil),                 // 75: dormouse.host.v1.RegistryLogin
+	(*BuildTemplateResponse)(nil),         // 76: dormouse.host.v1.BuildTemplateResponse
+	(*DeleteTemplateRequest)(nil),         // 77: dormouse.host.v1.DeleteTemplateRequest
+	(*DeleteTemplateResponse)(nil),        // 78: dormouse.host.v1.DeleteTemplateResponse
+	(*GetTemplateRequest)(nil),            // 79: dormouse.host.v1.GetTemplateRequest
+	(*GetTemplateResponse)(nil),           // 80: dormouse.host.v1.GetTemplateResponse
+	(*ReadTemplateLogRequest)(nil),        // 81: dormouse.host.v1.ReadTemplateLogRequest
+	(*ReadTemplateLogResponse)(nil),       // 82: dormouse.host.v1.ReadTemplateLogResponse
+	(*ListTemplatesRequest)(nil),          // 83: dormouse.host.v1.ListTemplatesRequest
+	(*ListTemplatesResponse)(nil),         // 84: dormouse.host.v1.ListTemplatesResponse
+	(*Template)(nil),                      // 85: dormouse.host.v1.Template
+	(*Healthcheck)(nil),                   // 86: dormouse.host.v1.Healthcheck
+	nil,                                   // 87: dormouse.host.v1.SandboxSpec.EnvEntry
+	nil,                                   // 88: dormouse.host.v1.ResumeSandboxRequest.EnvEntry
+	(*ForkSandboxRequest_Copy)(nil),       // 89: dormouse.host.v1.ForkSandboxRequest.Copy
+	nil,                                   // 90: dormouse.host.v1.ForkSandboxRequest.Copy.EnvEntry
+	(*ForkSandboxResponse_Copy)(nil),      // 91: dormouse.host.v1.ForkSandboxResponse.Copy
+	nil,                                   // 92: dormouse.host.v1.Snapshot.LabelsEntry
+	nil,                                   // 93: dormouse.host.v1.CreateSnapshotRequest.LabelsEntry
+	(*VerifySnapshotResponse_Damage)(nil), // 94: dormouse.host.v1.VerifySnapshotResponse.Damage
+	(*GetSnapshotTreeResponse_Node)(nil),  // 95: dormouse.host.v1.GetSnapshotTreeResponse.Node
+	nil,                                   // 96: dormouse.host.v1.Command.EnvEntry
+	(*ExecStreamRequest_Start)(nil),       // 97: dormouse.host.v1.ExecStreamRequest.Start
+	(*ExecStreamRequest_Attach)(nil),      // 98: dormouse.host.v1.ExecStreamRequest.Attach
+	(*ExecStreamRequest_CloseStdin)(nil),  // 99: dormouse.host.v1.ExecStreamRequest.CloseStdin
+	(*ExecStreamRequest_Kill)(nil),        // 100: dormouse.host.v1.ExecStreamRequest.Kill
+	(*ExecStreamResponse_Started)(nil),    // 101: dormouse.host.v1.ExecStreamResponse.Started
+	(*ExecStreamResponse_KeepAlive)(nil),  // 102: dormouse.host.v1.ExecStreamResponse.KeepAlive
+	(*WriteFileRequest_Start)(nil),        // 103: dormouse.host.v1.WriteFileRequest.Start
+	(*WatchDirResponse_Started)(nil),      // 104: dormouse.host.v1.WatchDirResponse.Started
+	(*WatchDirResponse_Lost)(nil),         // 105: dormouse.host.v1.WatchDirResponse.Lost
+	(*OpenPortRequest_Start)(nil),         // 106: dormouse.host.v1.OpenPortRequest.Start
+	(*OpenPortResponse_Opened)(nil),       // 107: dormouse.host.v1.OpenPortResponse.Opened
+	(*OpenPortResponse_End)(nil),          // 108: dormouse.host.v1.OpenPortResponse.End
+	(*BuildTemplateRequest_Start)(nil),    // 109: dormouse.host.v1.BuildTemplateRequest.Start
+	nil,                                   // 110: dormouse.host.v1.BuildTemplateRequest.Start.ArgsEntry
+	nil,                                   // 111: dormouse.host.v1.BuildTemplateRequest.Start.RegistriesEntry
+	(*BuildTemplateResponse_Event)(nil),   // 112: dormouse.host.v1.BuildTemplateResponse.Event
+	(*timestamppb.Timestamp)(nil),         // 113: google.protobuf.Timestamp
 }
 var file_dormouse_host_v1_host_proto_depIdxs = []int32{
-	47, // 0: dormouse.host.v1.SandboxSpec.env:type_name -> dormouse.host.v1.SandboxSpec.EnvEntry
-	3,  // 1: dormouse.host.v1.SandboxSpec.network:type_name -> dormouse.host.v1.NetworkPolicy
-	55, // 2: dormouse.host.v1.SandboxSpec.deadline:type_name -> google.protobuf.Timestamp
-	4,  // 3: dormouse.host.v1.SandboxStatus.spec:type_name -> dormouse.host.v1.SandboxSpec
-	0,  // 4: dormouse.host.v1.SandboxStatus.state:type_name -> dormouse.host.v1.State
-	55, // 5: dormouse.host.v1.SandboxStatus.created_at:type_name -> google.protobuf.Timestamp
-	55, // 6: dormouse.host.v1.SandboxStatus.ended_at:type_name -> google.protobuf.Timestamp
-	6,  // 7: dormouse.host.v1.SandboxStatus.phases:type_name -> dormouse.host.v1.Phase
-	4,  // 8: dormouse.host.v1.CreateSandboxRequest.spec:type_name -> dormouse.host.v1.SandboxSpec
-	5,  // 9: dormouse.host.v1.CreateSandboxResponse.status:type_name -> dormouse.host.v1.SandboxStatus
-	5,  // 10: dormouse.host.v1.DestroySandboxResponse.status:type_name -> dormouse.host.v1.SandboxStatus
-	5,  // 11: dormouse.host.v1.ListSandboxesResponse.sandboxes:type_name -> dormouse.host.v1.SandboxStatus
-	55, // 12: dormouse.host.v1.SetDeadlineRequest.deadline:type_name -> google.protobuf.Timestamp
-	48, // 13: dormouse.host.v1.Command.env:type_name -> dormouse.host.v1.Command.EnvEntry
-	19, // 14: dormouse.host.v1.ExecRequest.command:type_name -> dormouse.host.v1.Command
-	22, // 15: dormouse.host.v1.ExecResponse.end:type_name -> dormouse.host.v1.ExecEnd
-	49, // 16: dormouse.host.v1.ExecStreamRequest.start:type_name -> dormouse.host.v1.ExecStreamRequest.Start
-	50, // 17: dormouse.host.v1.ExecStreamRequest.close_stdin:type_name -> dormouse.host.v1.ExecStreamRequest.CloseStdin
-	51, // 18: dormouse.host.v1.ExecStreamRequest.kill:type_name -> dormouse.host.v1.ExecStreamRequest.Kill
-	52, // 19: dormouse.host.v1.ExecStreamResponse.started:type_name -> dormouse.host.v1.ExecStreamResponse.Started
-	22, // 20: dormouse.host.v1.ExecStreamResponse.end:type_name -> dormouse.host.v1.ExecEnd
-	53, // 21: dormouse.host.v1.ExecStreamResponse.keepalive:type_name -> dormouse.host.v1.ExecStreamResponse.KeepAlive
-	55, // 22: dormouse.host.v1.FileEntry.modified_at:type_name -> google.protobuf.Timestamp
-	25, // 23: dormouse.host.v1.StatFileResponse.entry:type_name -> dormouse.host.v1.FileEntry
-	25, // 24: dormouse.host.v1.ListDirResponse.entries:type_name -> dormouse.host.v1.FileEntry
-	25, // 25: dormouse.host.v1.MakeDirResponse.entry:type_name -> dormouse.host.v1.FileEntry
-	25, // 26: dormouse.host.v1.MoveFileResponse.entry:type_name -> dormouse.host.v1.FileEntry
-	54, // 27: dormouse.host.v1.WriteFileRequest.start:type_name -> dormouse.host.v1.WriteFileRequest.Start
-	55, // 28: dormouse.host.v1.GetMetricsResponse.at:type_name -> google.protobuf.Timestamp
-	46, // 29: dormouse.host.v1.ListTemplatesResponse.templates:type_name -> dormouse.host.v1.Template
-	55, // 30: dormouse.host.v1.Template.built_at:type_name -> google.protobuf.Timestamp
-	19, // 31: dormouse.host.v1.ExecStreamRequest.Start.command:type_name -> dormouse.host.v1.Command
-	1,  // 32: dormouse.host.v1.HostService.GetHost:input_type -> dormouse.host.v1.GetHostRequest
-	7,  // 33: dormouse.host.v1.HostService.CreateSandbox:input_type -> dormouse.host.v1.CreateSandboxRequest
-	9,  // 34: dormouse.host.v1.HostService.DestroySandbox:input_type -> dormouse.host.v1.DestroySandboxRequest
-	11, // 35: dormouse.host.v1.HostService.ListSandboxes:input_type -> dormouse.host.v1.ListSandboxesRequest
-	13, // 36: dormouse.host.v1.HostService.AcknowledgeEnded:input_type -> dormouse.host.v1.AcknowledgeEndedRequest
-	15, // 37: dormouse.host.v1.HostService.SetDeadline:input_type -> dormouse.host.v1.SetDeadlineRequest
-	17, // 38: dormouse.host.v1.HostService.PingSandbox:input_type -> dormouse.host.v1.PingSandboxRequest
-	20, // 39: dormouse.host.v1.HostService.Exec:input_type -> dormouse.host.v1.ExecRequest
-	23, // 40: dormouse.host.v1.HostService.ExecStream:input_type -> dormouse.host.v1.ExecStreamRequest
-	26, // 41: dormouse.host.v1.HostService.StatFile:input_type -> dormouse.host.v1.StatFileRequest
-	28, // 42: dormouse.host.v1.HostService.ListDir:input_type -> dormouse.host.v1.ListDirRequest
-	30, // 43: dormouse.host.v1.HostService.MakeDir:input_type -> dormouse.host.v1.MakeDirRequest
-	32, // 44: dormouse.host.v1.HostService.MoveFile:input_type -> dormouse.host.v1.MoveFileRequest
-	34, // 45: dormouse.host.v1.HostService.RemoveFile:input_type -> dormouse.host.v1.RemoveFileRequest
-	36, // 46: dormouse.host.v1.HostService.ReadFile:input_type -> dormouse.host.v1.ReadFileRequest
-	38, // 47: dormouse.host.v1.HostService.WriteFile:input_type -> dormouse.host.v1.WriteFileRequest
-	40, // 48: dormouse.host.v1.HostService.ReadConsole:input_type -> dormouse.host.v1.ReadConsoleRequest
-	42, // 49: dormouse.host.v1.HostService.GetMetrics:input_type -> dormouse.host.v1.GetMetricsRequest
-	44, // 50: dormouse.host.v1.HostService.ListTemplates:input_type -> dormouse.host.v1.ListTemplatesRequest
-	2,  // 51: dormouse.host.v1.HostService.GetHost:output_type -> dormouse.host.v1.GetHostResponse
-	8,  // 52: dormouse.host.v1.HostService.CreateSandbox:output_type -> dormouse.host.v1.CreateSandboxResponse
-	10, // 53: dormouse.host.v1.HostService.DestroySandbox:output_type -> dormouse.host.v1.DestroySandboxResponse
-	12, // 54: dormouse.host.v1.HostService.ListSandboxes:output_type -> dormouse.host.v1.ListSandboxesResponse
-	14, // 55: dormouse.host.v1.HostService.AcknowledgeEnded:output_type -> dormouse.host.v1.AcknowledgeEndedResponse
-	16, // 56: dormouse.host.v1.HostService.SetDeadline:output_type -> dormouse.host.v1.SetDeadlineResponse
-	18, // 57: dormouse.host.v1.HostService.PingSandbox:output_type -> dormouse.host.v1.PingSandboxResponse
-	21, // 58: dormouse.host.v1.HostService.Exec:output_type -> dormouse.host.v1.ExecResponse
-	24, // 59: dormouse.host.v1.HostService.ExecStream:output_type -> dormouse.host.v1.ExecStreamResponse
-	27, // 60: dormouse.host.v1.HostService.StatFile:output_type -> dormouse.host.v1.StatFileResponse
-	29, // 61: dormouse.host.v1.HostService.ListDir:output_type -> dormouse.host.v1.ListDirResponse
-	31, // 62: dormouse.host.v1.HostService.MakeDir:output_type -> dormouse.host.v1.MakeDirResponse
-	33, // 63: dormouse.host.v1.HostService.MoveFile:output_type -> dormouse.host.v1.MoveFileResponse
-	35, // 64: dormouse.host.v1.HostService.RemoveFile:output_type -> dormouse.host.v1.RemoveFileResponse
-	37, // 65: dormouse.host.v1.HostService.ReadFile:output_type -> dormouse.host.v1.ReadFileResponse
-	39, // 66: dormouse.host.v1.HostService.WriteFile:output_type -> dormouse.host.v1.WriteFileResponse
-	41, // 67: dormouse.host.v1.HostService.ReadConsole:output_type -> dormouse.host.v1.ReadConsoleResponse
-	43, // 68: dormouse.host.v1.HostService.GetMetrics:output_type -> dormouse.host.v1.GetMetricsResponse
-	45, // 69: dormouse.host.v1.HostService.ListTemplates:output_type -> dormouse.host.v1.ListTemplatesResponse
-	51, // [51:70] is the sub-list for method output_type
-	32, // [32:51] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	87,  // 0: dormouse.host.v1.SandboxSpec.env:type_name -> dormouse.host.v1.SandboxSpec.EnvEntry
+	3,   // 1: dormouse.host.v1.SandboxSpec.network:type_name -> dormouse.host.v1.NetworkPolicy
+	113, // 2: dormouse.host.v1.SandboxSpec.deadline:type_name -> google.protobuf.Timestamp
+	4,   // 3: dormouse.host.v1.SandboxStatus.spec:type_name -> dormouse.host.v1.SandboxSpec
+	0,   // 4: dormouse.host.v1.SandboxStatus.state:type_name -> dormouse.host.v1.State
+	113, // 5: dormouse.host.v1.SandboxStatus.created_at:type_name -> google.protobuf.Timestamp
+	113, // 6: dormouse.host.v1.SandboxStatus.ended_at:type_name -> google.protobuf.Timestamp
+	8,   // 7: dormouse.host.v1.SandboxStatus.phases:type_name -> dormouse.host.v1.Phase
+	6,   // 8: dormouse.host.v1.SandboxStatus.saved:type_name -> dormouse.host.v1.Saved
+	113, // 9: dormouse.host.v1.SandboxStatus.paused_at:type_name -> google.protobuf.Timestamp
+	113, // 10: dormouse.host.v1.SandboxStatus.idle_since:type_name -> google.protobuf.Timestamp
+	113, // 11: dormouse.host.v1.Saved.at:type_name -> google.protobuf.Timestamp
+	8,   // 12: dormouse.host.v1.SaveReport.phases:type_name -> dormouse.host.v1.Phase
+	4,   // 13: dormouse.host.v1.CreateSandboxRequest.spec:type_name -> dormouse.host.v1.SandboxSpec
+	5,   // 14: dormouse.host.v1.CreateSandboxResponse.status:type_name -> dormouse.host.v1.SandboxStatus
+	5,   // 15: dormouse.host.v1.DestroySandboxResponse.status:type_name -> dormouse.host.v1.SandboxStatus
+	5,   // 16: dormouse.host.v1.ListSandboxesResponse.sandboxes:type_name -> dormouse.host.v1.SandboxStatus
+	113, // 17: dormouse.host.v1.SetDeadlineRequest.deadline:type_name -> google.protobuf.Timestamp
+	5,   // 18: dormouse.host.v1.PauseSandboxResponse.status:type_name -> dormouse.host.v1.SandboxStatus
+	7,   // 19: dormouse.host.v1.PauseSandboxResponse.report:type_name -> dormouse.host.v1.SaveReport
+	113, // 20: dormouse.host.v1.ResumeSandboxRequest.deadline:type_name -> google.protobuf.Timestamp
+	88,  // 21: dormouse.host.v1.ResumeSandboxRequest.env:type_name -> dormouse.host.v1.ResumeSandboxRequest.EnvEntry
+	5,   // 22: dormouse.host.v1.ResumeSandboxResponse.status:type_name -> dormouse.host.v1.SandboxStatus
+	8,   // 23: dormouse.host.v1.ResumeSandboxResponse.phases:type_name -> dormouse.host.v1.Phase
+	89,  // 24: dormouse.host.v1.ForkSandboxRequest.copies:type_name -> dormouse.host.v1.ForkSandboxRequest.Copy
+	7,   // 25: dormouse.host.v1.ForkSandboxResponse.report:type_name -> dormouse.host.v1.SaveReport
+	91,  // 26: dormouse.host.v1.ForkSandboxResponse.copies:type_name -> dormouse.host.v1.ForkSandboxResponse.Copy
+	6,   // 27: dormouse.host.v1.Snapshot.saved:type_name -> dormouse.host.v1.Saved
+	92,  // 28: dormouse.host.v1.Snapshot.labels:type_name -> dormouse.host.v1.Snapshot.LabelsEntry
+	93,  // 29: dormouse.host.v1.CreateSnapshotRequest.labels:type_name -> dormouse.host.v1.CreateSnapshotRequest.LabelsEntry
+	28,  // 30: dormouse.host.v1.CreateSnapshotResponse.snapshot:type_name -> dormouse.host.v1.Snapshot
+	7,   // 31: dormouse.host.v1.CreateSnapshotResponse.report:type_name -> dormouse.host.v1.SaveReport
+	28,  // 32: dormouse.host.v1.ListSnapshotsResponse.snapshots:type_name -> dormouse.host.v1.Snapshot
+	94,  // 33: dormouse.host.v1.VerifySnapshotResponse.damage:type_name -> dormouse.host.v1.VerifySnapshotResponse.Damage
+	8,   // 34: dormouse.host.v1.VerifySnapshotResponse.phases:type_name -> dormouse.host.v1.Phase
+	95,  // 35: dormouse.host.v1.GetSnapshotTreeResponse.nodes:type_name -> dormouse.host.v1.GetSnapshotTreeResponse.Node
+	96,  // 36: dormouse.host.v1.Command.env:type_name -> dormouse.host.v1.Command.EnvEntry
+	41,  // 37: dormouse.host.v1.ExecRequest.command:type_name -> dormouse.host.v1.Command
+	44,  // 38: dormouse.host.v1.ExecResponse.end:type_name -> dormouse.host.v1.ExecEnd
+	97,  // 39: dormouse.host.v1.ExecStreamRequest.start:type_name -> dormouse.host.v1.ExecStreamRequest.Start
+	99,  // 40: dormouse.host.v1.ExecStreamRequest.close_stdin:type_name -> dormouse.host.v1.ExecStreamRequest.CloseStdin
+	100, // 41: dormouse.host.v1.ExecStreamRequest.kill:type_name -> dormouse.host.v1.ExecStreamRequest.Kill
+	98,  // 42: dormouse.host.v1.ExecStreamRequest.attach:type_name -> dormouse.host.v1.ExecStreamRequest.Attach
+	46,  // 43: dormouse.host.v1.ExecStreamRequest.resize:type_name -> dormouse.host.v1.Terminal
+	101, // 44: dormouse.host.v1.ExecStreamResponse.started:type_name -> dormouse.host.v1.ExecStreamResponse.Started
+	44,  // 45: dormouse.host.v1.ExecStreamResponse.end:type_name -> dormouse.host.v1.ExecEnd
+	102, // 46: dormouse.host.v1.ExecStreamResponse.keepalive:type_name -> dormouse.host.v1.ExecStreamResponse.KeepAlive
+	113, // 47: dormouse.host.v1.FileEntry.modified_at:type_name -> google.protobuf.Timestamp
+	50,  // 48: dormouse.host.v1.StatFileResponse.entry:type_name -> dormouse.host.v1.FileEntry
+	50,  // 49: dormouse.host.v1.ListDirResponse.entries:type_name -> dormouse.host.v1.FileEntry
+	50,  // 50: dormouse.host.v1.MakeDirResponse.entry:type_name -> dormouse.host.v1.FileEntry
+	50,  // 51: dormouse.host.v1.MoveFileResponse.entry:type_name -> dormouse.host.v1.FileEntry
+	103, // 52: dormouse.host.v1.WriteFileRequest.start:type_name -> dormouse.host.v1.WriteFileRequest.Start
+	104, // 53: dormouse.host.v1.WatchDirResponse.started:type_name -> dormouse.host.v1.WatchDirResponse.Started
+	67,  // 54: dormouse.host.v1.WatchDirResponse.event:type_name -> dormouse.host.v1.FileEvent
+	105, // 55: dormouse.host.v1.WatchDirResponse.lost:type_name -> dormouse.host.v1.WatchDirResponse.Lost
+	106, // 56: dormouse.host.v1.OpenPortRequest.start:type_name -> dormouse.host.v1.OpenPortRequest.Start
+	107, // 57: dormouse.host.v1.OpenPortResponse.opened:type_name -> dormouse.host.v1.OpenPortResponse.Opened
+	108, // 58: dormouse.host.v1.OpenPortResponse.end:type_name -> dormouse.host.v1.OpenPortResponse.End
+	113, // 59: dormouse.host.v1.GetMetricsResponse.at:type_name -> google.protobuf.Timestamp
+	109, // 60: dormouse.host.v1.BuildTemplateRequest.start:type_name -> dormouse.host.v1.BuildTemplateRequest.Start
+	112, // 61: dormouse.host.v1.BuildTemplateResponse.event:type_name -> dormouse.host.v1.BuildTemplateResponse.Event
+	85,  // 62: dormouse.host.v1.BuildTemplateResponse.template:type_name -> dormouse.host.v1.Template
+	85,  // 63: dormouse.host.v1.GetTemplateResponse.template:type_name -> dormouse.host.v1.Template
+	85,  // 64: dormouse.host.v1.ListTemplatesResponse.templates:type_name -> dormouse.host.v1.Template
+	113, // 65: dormouse.host.v1.Template.built_at:type_name -> google.protobuf.Timestamp
+	86,  // 66: dormouse.host.v1.Template.healthcheck:type_name -> dormouse.host.v1.Healthcheck
+	113, // 67: dormouse.host.v1.ForkSandboxRequest.Copy.deadline:type_name -> google.protobuf.Timestamp
+	90,  // 68: dormouse.host.v1.ForkSandboxRequest.Copy.env:type_name -> dormouse.host.v1.ForkSandboxRequest.Copy.EnvEntry
+	5,   // 69: dormouse.host.v1.ForkSandboxResponse.Copy.status:type_name -> dormouse.host.v1.SandboxStatus
+	27,  // 70: dormouse.host.v1.ForkSandboxResponse.Copy.failure:type_name -> dormouse.host.v1.Failure
+	113, // 71: dormouse.host.v1.GetSnapshotTreeResponse.Node.at:type_name -> google.protobuf.Timestamp
+	41,  // 72: dormouse.host.v1.ExecStreamRequest.Start.command:type_name -> dormouse.host.v1.Command
+	46,  // 73: dormouse.host.v1.ExecStreamRequest.Start.terminal:type_name -> dormouse.host.v1.Terminal
+	46,  // 74: dormouse.host.v1.ExecStreamRequest.Attach.terminal:type_name -> dormouse.host.v1.Terminal
+	110, // 75: dormouse.host.v1.BuildTemplateRequest.Start.args:type_name -> dormouse.host.v1.BuildTemplateRequest.Start.ArgsEntry
+	111, // 76: dormouse.host.v1.BuildTemplateRequest.Start.registries:type_name -> dormouse.host.v1.BuildTemplateRequest.Start.RegistriesEntry
+	75,  // 77: dormouse.host.v1.BuildTemplateRequest.Start.RegistriesEntry.value:type_name -> dormouse.host.v1.RegistryLogin
+	1,   // 78: dormouse.host.v1.HostService.GetHost:input_type -> dormouse.host.v1.GetHostRequest
+	9,   // 79: dormouse.host.v1.HostService.CreateSandbox:input_type -> dormouse.host.v1.CreateSandboxRequest
+	11,  // 80: dormouse.host.v1.HostService.DestroySandbox:input_type -> dormouse.host.v1.DestroySandboxRequest
+	13,  // 81: dormouse.host.v1.HostService.ListSandboxes:input_type -> dormouse.host.v1.ListSandboxesRequest
+	15,  // 82: dormouse.host.v1.HostService.AcknowledgeEnded:input_type -> dormouse.host.v1.AcknowledgeEndedRequest
+	17,  // 83: dormouse.host.v1.HostService.SetDeadline:input_type -> dormouse.host.v1.SetDeadlineRequest
+	39,  // 84: dormouse.host.v1.HostService.PingSandbox:input_type -> dormouse.host.v1.PingSandboxRequest
+	19,  // 85: dormouse.host.v1.HostService.TouchSandbox:input_type -> dormouse.host.v1.TouchSandboxRequest
+	21,  // 86: dormouse.host.v1.HostService.PauseSandbox:input_type -> dormouse.host.v1.PauseSandboxRequest
+	23,  // 87: dormouse.host.v1.HostService.ResumeSandbox:input_type -> dormouse.host.v1.ResumeSandboxRequest
+	25,  // 88: dormouse.host.v1.HostService.ForkSandbox:input_type -> dormouse.host.v1.ForkSandboxRequest
+	29,  // 89: dormouse.host.v1.HostService.CreateSnapshot:input_type -> dormouse.host.v1.CreateSnapshotRequest
+	31,  // 90: dormouse.host.v1.HostService.DeleteSnapshot:input_type -> dormouse.host.v1.DeleteSnapshotRequest
+	33,  // 91: dormouse.host.v1.HostService.ListSnapshots:input_type -> dormouse.host.v1.ListSnapshotsRequest
+	35,  // 92: dormouse.host.v1.HostService.VerifySnapshot:input_type -> dormouse.host.v1.VerifySnapshotRequest
+	37,  // 93: dormouse.host.v1.HostService.GetSnapshotTree:input_type -> dormouse.host.v1.GetSnapshotTreeRequest
+	42,  // 94: dormouse.host.v1.HostService.Exec:input_type -> dormouse.host.v1.ExecRequest
+	45,  // 95: dormouse.host.v1.HostService.ExecStream:input_type -> dormouse.host.v1.ExecStreamRequest
+	48,  // 96: dormouse.host.v1.HostService.SignalCommand:input_type -> dormouse.host.v1.SignalCommandRequest
+	51,  // 97: dormouse.host.v1.HostService.StatFile:input_type -> dormouse.host.v1.StatFileRequest
+	53,  // 98: dormouse.host.v1.HostService.ListDir:input_type -> dormouse.host.v1.ListDirRequest
+	55,  // 99: dormouse.host.v1.HostService.MakeDir:input_type -> dormouse.host.v1.MakeDirRequest
+	57,  // 100: dormouse.host.v1.HostService.MoveFile:input_type -> dormouse.host.v1.MoveFileRequest
+	59,  // 101: dormouse.host.v1.HostService.RemoveFile:input_type -> dormouse.host.v1.RemoveFileRequest
+	61,  // 102: dormouse.host.v1.HostService.ReadFile:input_type -> dormouse.host.v1.ReadFileRequest
+	63,  // 103: dormouse.host.v1.HostService.WriteFile:input_type -> dormouse.host.v1.WriteFileRequest
+	65,  // 104: dormouse.host.v1.HostService.WatchDir:input_type -> dormouse.host.v1.WatchDirRequest
+	68,  // 105: dormouse.host.v1.HostService.OpenPort:input_type -> dormouse.host.v1.OpenPortRequest
+	70,  // 106: dormouse.host.v1.HostService.ReadConsole:input_type -> dormouse.host.v1.ReadConsoleRequest
+	72,  // 107: dormouse.host.v1.HostService.GetMetrics:input_type -> dormouse.host.v1.GetMetricsRequest
+	83,  // 108: dormouse.host.v1.HostService.ListTemplates:input_type -> dormouse.host.v1.ListTemplatesRequest
+	79,  // 109: dormouse.host.v1.HostService.GetTemplate:input_type -> dormouse.host.v1.GetTemplateRequest
+	81,  // 110: dormouse.host.v1.HostService.ReadTemplateLog:input_type -> dormouse.host.v1.ReadTemplateLogRequest
+	74,  // 111: dormouse.host.v1.HostService.BuildTemplate:input_type -> dormouse.host.v1.BuildTemplateRequest
+	77,  // 112: dormouse.host.v1.HostService.DeleteTemplate:input_type -> dormouse.host.v1.DeleteTemplateRequest
+	2,   // 113: dormouse.host.v1.HostService.GetHost:output_type -> dormouse.host.v1.GetHostResponse
+	10,  // 114: dormouse.host.v1.HostService.CreateSandbox:output_type -> dormouse.host.v1.CreateSandboxResponse
+	12,  // 115: dormouse.host.v1.HostService.DestroySandbox:output_type -> dormouse.host.v1.DestroySandboxResponse
+	14,  // 116: dormouse.host.v1.HostService.ListSandboxes:output_type -> dormouse.host.v1.ListSandboxesResponse
+	16,  // 117: dormouse.host.v1.HostService.AcknowledgeEnded:output_type -> dormouse.host.v1.AcknowledgeEndedResponse
+	18,  // 118: dormouse.host.v1.HostService.SetDeadline:output_type -> dormouse.host.v1.SetDeadlineResponse
+	40,  // 119: dormouse.host.v1.HostService.PingSandbox:output_type -> dormouse.host.v1.PingSandboxResponse
+	20,  // 120: dormouse.host.v1.HostService.TouchSandbox:output_type -> dormouse.host.v1.TouchSandboxResponse
+	22,  // 121: dormouse.host.v1.HostService.PauseSandbox:output_type -> dormouse.host.v1.PauseSandboxResponse
+	24,  // 122: dormouse.host.v1.HostService.ResumeSandbox:output_type -> dormouse.host.v1.ResumeSandboxResponse
+	26,  // 123: dormouse.host.v1.HostService.ForkSandbox:output_type -> dormouse.host.v1.ForkSandboxResponse
+	30,  // 124: dormouse.host.v1.HostService.CreateSnapshot:output_type -> dormouse.host.v1.CreateSnapshotResponse
+	32,  // 125: dormouse.host.v1.HostService.DeleteSnapshot:output_type -> dormouse.host.v1.DeleteSnapshotResponse
+	34,  // 126: dormouse.host.v1.HostService.ListSnapshots:output_type -> dormouse.host.v1.ListSnapshotsResponse
+	36,  // 127: dormouse.host.v1.HostService.VerifySnapshot:output_type -> dormouse.host.v1.VerifySnapshotResponse
+	38,  // 128: dormouse.host.v1.HostService.GetSnapshotTree:output_type -> dormouse.host.v1.GetSnapshotTreeResponse
+	43,  // 129: dormouse.host.v1.HostService.Exec:output_type -> dormouse.host.v1.ExecResponse
+	47,  // 130: dormouse.host.v1.HostService.ExecStream:output_type -> dormouse.host.v1.ExecStreamResponse
+	49,  // 131: dormouse.host.v1.HostService.SignalCommand:output_type -> dormouse.host.v1.SignalCommandResponse
+	52,  // 132: dormouse.host.v1.HostService.StatFile:output_type -> dormouse.host.v1.StatFileResponse
+	54,  // 133: dormouse.host.v1.HostService.ListDir:output_type -> dormouse.host.v1.ListDirResponse
+	56,  // 134: dormouse.host.v1.HostService.MakeDir:output_type -> dormouse.host.v1.MakeDirResponse
+	58,  // 135: dormouse.host.v1.HostService.MoveFile:output_type -> dormouse.host.v1.MoveFileResponse
+	60,  // 136: dormouse.host.v1.HostService.RemoveFile:output_type -> dormouse.host.v1.RemoveFileResponse
+	62,  // 137: dormouse.host.v1.HostService.ReadFile:output_type -> dormouse.host.v1.ReadFileResponse
+	64,  // 138: dormouse.host.v1.HostService.WriteFile:output_type -> dormouse.host.v1.WriteFileResponse
+	66,  // 139: dormouse.host.v1.HostService.WatchDir:output_type -> dormouse.host.v1.WatchDirResponse
+	69,  // 140: dormouse.host.v1.HostService.OpenPort:output_type -> dormouse.host.v1.OpenPortResponse
+	71,  // 141: dormouse.host.v1.HostService.ReadConsole:output_type -> dormouse.host.v1.ReadConsoleResponse
+	73,  // 142: dormouse.host.v1.HostService.GetMetrics:output_type -> dormouse.host.v1.GetMetricsResponse
+	84,  // 143: dormouse.host.v1.HostService.ListTemplates:output_type -> dormouse.host.v1.ListTemplatesResponse
+	80,  // 144: dormouse.host.v1.HostService.GetTemplate:output_type -> dormouse.host.v1.GetTemplateResponse
+	82,  // 145: dormouse.host.v1.HostService.ReadTemplateLog:output_type -> dormouse.host.v1.ReadTemplateLogResponse
+	76,  // 146: dormouse.host.v1.HostService.BuildTemplate:output_type -> dormouse.host.v1.BuildTemplateResponse
+	78,  // 147: dormouse.host.v1.HostService.DeleteTemplate:output_type -> dormouse.host.v1.DeleteTemplateResponse
+	113, // [113:148] is the sub-list for method output_type
+	78,  // [78:113] is the sub-list for method input_type
+	78,  // [78:78] is the sub-list for extension type_name
+	78,  // [78:78] is the sub-list for extension extendee
+	0,   // [0:78] is the sub-list for field type_name
 }
 
 func init() { file_dormouse_host_v1_host_proto_init() }
@@ -3673,26 +7399,51 @@ func file_dormouse_host_v1_host_proto_init() {
 	if File_dormouse_host_v1_host_proto != nil {
 		return
 	}
-	file_dormouse_host_v1_host_proto_msgTypes[22].OneofWrappers = []any{
+	file_dormouse_host_v1_host_proto_msgTypes[16].OneofWrappers = []any{}
+	file_dormouse_host_v1_host_proto_msgTypes[44].OneofWrappers = []any{
 		(*ExecStreamRequest_Start_)(nil),
 		(*ExecStreamRequest_Stdin)(nil),
 		(*ExecStreamRequest_CloseStdin_)(nil),
 		(*ExecStreamRequest_Kill_)(nil),
+		(*ExecStreamRequest_Attach_)(nil),
+		(*ExecStreamRequest_Resize)(nil),
 	}
-	file_dormouse_host_v1_host_proto_msgTypes[23].OneofWrappers = []any{
+	file_dormouse_host_v1_host_proto_msgTypes[46].OneofWrappers = []any{
 		(*ExecStreamResponse_Started_)(nil),
 		(*ExecStreamResponse_Stdout)(nil),
 		(*ExecStreamResponse_Stderr)(nil),
 		(*ExecStreamResponse_End)(nil),
 		(*ExecStreamResponse_Keepalive)(nil),
 	}
-	file_dormouse_host_v1_host_proto_msgTypes[36].OneofWrappers = []any{
+	file_dormouse_host_v1_host_proto_msgTypes[61].OneofWrappers = []any{
 		(*ReadFileResponse_Size)(nil),
 		(*ReadFileResponse_Data)(nil),
 	}
-	file_dormouse_host_v1_host_proto_msgTypes[37].OneofWrappers = []any{
+	file_dormouse_host_v1_host_proto_msgTypes[62].OneofWrappers = []any{
 		(*WriteFileRequest_Start_)(nil),
 		(*WriteFileRequest_Data)(nil),
+	}
+	file_dormouse_host_v1_host_proto_msgTypes[65].OneofWrappers = []any{
+		(*WatchDirResponse_Started_)(nil),
+		(*WatchDirResponse_Event)(nil),
+		(*WatchDirResponse_Lost_)(nil),
+	}
+	file_dormouse_host_v1_host_proto_msgTypes[67].OneofWrappers = []any{
+		(*OpenPortRequest_Start_)(nil),
+		(*OpenPortRequest_Data)(nil),
+	}
+	file_dormouse_host_v1_host_proto_msgTypes[68].OneofWrappers = []any{
+		(*OpenPortResponse_Opened_)(nil),
+		(*OpenPortResponse_Data)(nil),
+		(*OpenPortResponse_End_)(nil),
+	}
+	file_dormouse_host_v1_host_proto_msgTypes[73].OneofWrappers = []any{
+		(*BuildTemplateRequest_Start_)(nil),
+		(*BuildTemplateRequest_Data)(nil),
+	}
+	file_dormouse_host_v1_host_proto_msgTypes[75].OneofWrappers = []any{
+		(*BuildTemplateResponse_Event_)(nil),
+		(*BuildTemplateResponse_Template)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -3700,7 +7451,7 @@ func file_dormouse_host_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dormouse_host_v1_host_proto_rawDesc), len(file_dormouse_host_v1_host_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   54,
+			NumMessages:   112,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -53,10 +53,39 @@ const (
 	HostServiceSetDeadlineProcedure = "/dormouse.host.v1.HostService/SetDeadline"
 	// HostServicePingSandboxProcedure is the fully-qualified name of the HostService's PingSandbox RPC.
 	HostServicePingSandboxProcedure = "/dormouse.host.v1.HostService/PingSandbox"
+	// HostServiceTouchSandboxProcedure is the fully-qualified name of the HostService's TouchSandbox
+	// RPC.
+	HostServiceTouchSandboxProcedure = "/dormouse.host.v1.HostService/TouchSandbox"
+	// HostServicePauseSandboxProcedure is the fully-qualified name of the HostService's PauseSandbox
+	// RPC.
+	HostServicePauseSandboxProcedure = "/dormouse.host.v1.HostService/PauseSandbox"
+	// HostServiceResumeSandboxProcedure is the fully-qualified name of the HostService's ResumeSandbox
+	// RPC.
+	HostServiceResumeSandboxProcedure = "/dormouse.host.v1.HostService/ResumeSandbox"
+	// HostServiceForkSandboxProcedure is the fully-qualified name of the HostService's ForkSandbox RPC.
+	HostServiceForkSandboxProcedure = "/dormouse.host.v1.HostService/ForkSandbox"
+	// HostServiceCreateSnapshotProcedure is the fully-qualified name of the HostService's
+	// CreateSnapshot RPC.
+	HostServiceCreateSnapshotProcedure = "/dormouse.host.v1.HostService/CreateSnapshot"
+	// HostServiceDeleteSnapshotProcedure is the fully-qualified name of the HostService's
+	// DeleteSnapshot RPC.
+	HostServiceDeleteSnapshotProcedure = "/dormouse.host.v1.HostService/DeleteSnapshot"
+	// HostServiceListSnapshotsProcedure is the fully-qualified name of the HostService's ListSnapshots
+	// RPC.
+	HostServiceListSnapshotsProcedure = "/dormouse.host.v1.HostService/ListSnapshots"
+	// HostServiceVerifySnapshotProcedure is the fully-qualified name of the HostService's
+	// VerifySnapshot RPC.
+	HostServiceVerifySnapshotProcedure = "/dormouse.host.v1.HostService/VerifySnapshot"
+	// HostServiceGetSnapshotTreeProcedure is the fully-qualified name of the HostService's
+	// GetSnapshotTree RPC.
+	HostServiceGetSnapshotTreeProcedure = "/dormouse.host.v1.HostService/GetSnapshotTree"
 	// HostServiceExecProcedure is the fully-qualified name of the HostService's Exec RPC.
 	HostServiceExecProcedure = "/dormouse.host.v1.HostService/Exec"
 	// HostServiceExecStreamProcedure is the fully-qualified name of the HostService's ExecStream RPC.
 	HostServiceExecStreamProcedure = "/dormouse.host.v1.HostService/ExecStream"
+	// HostServiceSignalCommandProcedure is the fully-qualified name of the HostService's SignalCommand
+	// RPC.
+	HostServiceSignalCommandProcedure = "/dormouse.host.v1.HostService/SignalCommand"
 	// HostServiceStatFileProcedure is the fully-qualified name of the HostService's StatFile RPC.
 	HostServiceStatFileProcedure = "/dormouse.host.v1.HostService/StatFile"
 	// HostServiceListDirProcedure is the fully-qualified name of the HostService's ListDir RPC.
@@ -71,6 +100,10 @@ const (
 	HostServiceReadFileProcedure = "/dormouse.host.v1.HostService/ReadFile"
 	// HostServiceWriteFileProcedure is the fully-qualified name of the HostService's WriteFile RPC.
 	HostServiceWriteFileProcedure = "/dormouse.host.v1.HostService/WriteFile"
+	// HostServiceWatchDirProcedure is the fully-qualified name of the HostService's WatchDir RPC.
+	HostServiceWatchDirProcedure = "/dormouse.host.v1.HostService/WatchDir"
+	// HostServiceOpenPortProcedure is the fully-qualified name of the HostService's OpenPort RPC.
+	HostServiceOpenPortProcedure = "/dormouse.host.v1.HostService/OpenPort"
 	// HostServiceReadConsoleProcedure is the fully-qualified name of the HostService's ReadConsole RPC.
 	HostServiceReadConsoleProcedure = "/dormouse.host.v1.HostService/ReadConsole"
 	// HostServiceGetMetricsProcedure is the fully-qualified name of the HostService's GetMetrics RPC.
@@ -78,13 +111,25 @@ const (
 	// HostServiceListTemplatesProcedure is the fully-qualified name of the HostService's ListTemplates
 	// RPC.
 	HostServiceListTemplatesProcedure = "/dormouse.host.v1.HostService/ListTemplates"
+	// HostServiceGetTemplateProcedure is the fully-qualified name of the HostService's GetTemplate RPC.
+	HostServiceGetTemplateProcedure = "/dormouse.host.v1.HostService/GetTemplate"
+	// HostServiceReadTemplateLogProcedure is the fully-qualified name of the HostService's
+	// ReadTemplateLog RPC.
+	HostServiceReadTemplateLogProcedure = "/dormouse.host.v1.HostService/ReadTemplateLog"
+	// HostServiceBuildTemplateProcedure is the fully-qualified name of the HostService's BuildTemplate
+	// RPC.
+	HostServiceBuildTemplateProcedure = "/dormouse.host.v1.HostService/BuildTemplate"
+	// HostServiceDeleteTemplateProcedure is the fully-qualified name of the HostService's
+	// DeleteTemplate RPC.
+	HostServiceDeleteTemplateProcedure = "/dormouse.host.v1.HostService/DeleteTemplate"
 )
 
 // HostServiceClient is a client for the dormouse.host.v1.HostService service.
 type HostServiceClient interface {
 	// GetHost describes the machine: capacity, what is in use, how it runs VMs.
 	GetHost(context.Context, *connect.Request[v1.GetHostRequest]) (*connect.Response[v1.GetHostResponse], error)
-	// CreateSandbox returns when the guest agent answers, or with nothing of the
+	// CreateSandbox returns when the guest agent answers, the template's start
+	// command runs and its health check has succeeded, or with nothing of the
 	// sandbox left on the host. Calling it again with the same ID and the same
 	// spec returns the sandbox that is already there.
 	CreateSandbox(context.Context, *connect.Request[v1.CreateSandboxRequest]) (*connect.Response[v1.CreateSandboxResponse], error)
@@ -97,16 +142,60 @@ type HostServiceClient interface {
 	// AcknowledgeEnded lets the host forget ended sandboxes: their cause is
 	// recorded elsewhere now.
 	AcknowledgeEnded(context.Context, *connect.Request[v1.AcknowledgeEndedRequest]) (*connect.Response[v1.AcknowledgeEndedResponse], error)
-	// SetDeadline moves the time at which the host destroys the sandbox by itself.
+	// SetDeadline moves the time at which the host destroys the sandbox by itself,
+	// and says anew when it pauses it by itself. A paused sandbox has no deadline:
+	// it is answered with the kind paused.
 	SetDeadline(context.Context, *connect.Request[v1.SetDeadlineRequest]) (*connect.Response[v1.SetDeadlineResponse], error)
-	// PingSandbox asks the guest agent for a sign of life.
+	// PingSandbox asks the guest agent for a sign of life. It counts as activity.
 	PingSandbox(context.Context, *connect.Request[v1.PingSandboxRequest]) (*connect.Response[v1.PingSandboxResponse], error)
+	// TouchSandbox says that a call is on its way: it counts as activity, and the
+	// host does not pause the sandbox by itself for as long as it is asked to hold
+	// it. The guest is not asked. A sandbox that does not run is refused as a call
+	// would be.
+	TouchSandbox(context.Context, *connect.Request[v1.TouchSandboxRequest]) (*connect.Response[v1.TouchSandboxResponse], error)
+	// PauseSandbox saves a running sandbox to disk and returns when that is durable
+	// and nothing of it runs any more. Pausing a paused one is success, and tells
+	// of the pause point that is there. When it fails the sandbox runs on and the
+	// pause point before, if there was one, is as it was. It goes on when the
+	// caller goes away, and takes no longer than the host allows it to: STATE_PAUSING
+	// does not last.
+	PauseSandbox(context.Context, *connect.Request[v1.PauseSandboxRequest]) (*connect.Response[v1.PauseSandboxResponse], error)
+	// ResumeSandbox runs a paused sandbox again, and returns when its guest knows who
+	// it is and answers. Resuming a running one is success and changes nothing of it,
+	// its deadline neither. When it fails the sandbox is paused as before. As to the
+	// caller and to how long it takes, it is as PauseSandbox.
+	ResumeSandbox(context.Context, *connect.Request[v1.ResumeSandboxRequest]) (*connect.Response[v1.ResumeSandboxResponse], error)
+	// ForkSandbox makes sandboxes from the current state of a running one, which runs
+	// on. An error of the call means that there is no copy; otherwise each copy says
+	// for itself whether it runs. A copy that failed is reported as ended, as a
+	// create that failed is. A copy whose ID is there already is that one.
+	ForkSandbox(context.Context, *connect.Request[v1.ForkSandboxRequest]) (*connect.Response[v1.ForkSandboxResponse], error)
+	// CreateSnapshot keeps the current state of a running sandbox, which runs on, under
+	// a name that no snapshot and no template has (kind exists). It returns when that
+	// is durable; on an error there is nothing of that name.
+	CreateSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.CreateSnapshotResponse], error)
+	// DeleteSnapshot refuses while something depends on the snapshot, with the names of
+	// that (kind conflict): sandboxes that were made from it and have not ended, and
+	// snapshots whose parent it is. Deleting what is not there is success.
+	DeleteSnapshot(context.Context, *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.DeleteSnapshotResponse], error)
+	// ListSnapshots names every snapshot that is whole.
+	ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error)
+	// VerifySnapshot reads all that a snapshot consists of and compares it with its
+	// digests. What is wrong with it is in the answer, not an error of the call.
+	VerifySnapshot(context.Context, *connect.Request[v1.VerifySnapshotRequest]) (*connect.Response[v1.VerifySnapshotResponse], error)
+	// GetSnapshotTree tells what a snapshot descends from and what descends from it,
+	// parents first.
+	GetSnapshotTree(context.Context, *connect.Request[v1.GetSnapshotTreeRequest]) (*connect.Response[v1.GetSnapshotTreeResponse], error)
 	// Exec runs a command to its end and returns its bounded output.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
 	// ExecStream runs a command with its input and output as they come. The first
 	// message starts it; later ones carry input. Flow control reaches the process:
-	// a slow reader slows it and nothing is dropped.
+	// a slow reader slows it and nothing is dropped. A first message of the other
+	// kind follows a command in a terminal that runs already.
 	ExecStream(context.Context) *connect.BidiStreamForClient[v1.ExecStreamRequest, v1.ExecStreamResponse]
+	// SignalCommand signals a command that Exec or ExecStream started. It does not
+	// wait behind input that the command does not take.
+	SignalCommand(context.Context, *connect.Request[v1.SignalCommandRequest]) (*connect.Response[v1.SignalCommandResponse], error)
 	StatFile(context.Context, *connect.Request[v1.StatFileRequest]) (*connect.Response[v1.StatFileResponse], error)
 	ListDir(context.Context, *connect.Request[v1.ListDirRequest]) (*connect.Response[v1.ListDirResponse], error)
 	MakeDir(context.Context, *connect.Request[v1.MakeDirRequest]) (*connect.Response[v1.MakeDirResponse], error)
@@ -116,11 +205,31 @@ type HostServiceClient interface {
 	ReadFile(context.Context, *connect.Request[v1.ReadFileRequest]) (*connect.ServerStreamForClient[v1.ReadFileResponse], error)
 	// WriteFile's first message names the target, later ones carry the bytes.
 	WriteFile(context.Context) *connect.ClientStreamForClient[v1.WriteFileRequest, v1.WriteFileResponse]
+	// WatchDir tells what happens in a directory, each thing once and in order, from
+	// its first message on until the caller goes away. Whoever reads too slowly for
+	// the guest to wait is told so, and nothing after that.
+	WatchDir(context.Context, *connect.Request[v1.WatchDirRequest]) (*connect.ServerStreamForClient[v1.WatchDirResponse], error)
+	// OpenPort connects to a TCP port of the guest. The first message names it; the
+	// first answer says that it is open. Later ones carry bytes, and flow control
+	// reaches both ends. The caller ends its half with its stream, the guest's half
+	// ends with a message. The connection ends with the sandbox, and its cause.
+	OpenPort(context.Context) *connect.BidiStreamForClient[v1.OpenPortRequest, v1.OpenPortResponse]
 	// ReadConsole returns the tail of the VM's console log.
 	ReadConsole(context.Context, *connect.Request[v1.ReadConsoleRequest]) (*connect.Response[v1.ReadConsoleResponse], error)
 	// GetMetrics returns the guest's own figures and what the sandbox costs here.
 	GetMetrics(context.Context, *connect.Request[v1.GetMetricsRequest]) (*connect.Response[v1.GetMetricsResponse], error)
 	ListTemplates(context.Context, *connect.Request[v1.ListTemplatesRequest]) (*connect.Response[v1.ListTemplatesResponse], error)
+	GetTemplate(context.Context, *connect.Request[v1.GetTemplateRequest]) (*connect.Response[v1.GetTemplateResponse], error)
+	// ReadTemplateLog returns what the build of a template has told.
+	ReadTemplateLog(context.Context, *connect.Request[v1.ReadTemplateLogRequest]) (*connect.Response[v1.ReadTemplateLogResponse], error)
+	// BuildTemplate makes a template and tells what happens on the way. The first
+	// message says what to build, later ones carry the upload, if the source is
+	// one; its end is the end of the caller's messages. The last answer has the
+	// template. A caller that goes away ends the build.
+	BuildTemplate(context.Context) *connect.BidiStreamForClient[v1.BuildTemplateRequest, v1.BuildTemplateResponse]
+	// DeleteTemplate refuses while sandboxes, paused ones too, or snapshots lie on the
+	// template, with their IDs and names.
+	DeleteTemplate(context.Context, *connect.Request[v1.DeleteTemplateRequest]) (*connect.Response[v1.DeleteTemplateResponse], error)
 }
 
 // NewHostServiceClient constructs a client for the dormouse.host.v1.HostService service. By
@@ -176,6 +285,60 @@ func NewHostServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			connect.WithSchema(hostServiceMethods.ByName("PingSandbox")),
 			connect.WithClientOptions(opts...),
 		),
+		touchSandbox: connect.NewClient[v1.TouchSandboxRequest, v1.TouchSandboxResponse](
+			httpClient,
+			baseURL+HostServiceTouchSandboxProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("TouchSandbox")),
+			connect.WithClientOptions(opts...),
+		),
+		pauseSandbox: connect.NewClient[v1.PauseSandboxRequest, v1.PauseSandboxResponse](
+			httpClient,
+			baseURL+HostServicePauseSandboxProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("PauseSandbox")),
+			connect.WithClientOptions(opts...),
+		),
+		resumeSandbox: connect.NewClient[v1.ResumeSandboxRequest, v1.ResumeSandboxResponse](
+			httpClient,
+			baseURL+HostServiceResumeSandboxProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("ResumeSandbox")),
+			connect.WithClientOptions(opts...),
+		),
+		forkSandbox: connect.NewClient[v1.ForkSandboxRequest, v1.ForkSandboxResponse](
+			httpClient,
+			baseURL+HostServiceForkSandboxProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("ForkSandbox")),
+			connect.WithClientOptions(opts...),
+		),
+		createSnapshot: connect.NewClient[v1.CreateSnapshotRequest, v1.CreateSnapshotResponse](
+			httpClient,
+			baseURL+HostServiceCreateSnapshotProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("CreateSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
+		deleteSnapshot: connect.NewClient[v1.DeleteSnapshotRequest, v1.DeleteSnapshotResponse](
+			httpClient,
+			baseURL+HostServiceDeleteSnapshotProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("DeleteSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
+		listSnapshots: connect.NewClient[v1.ListSnapshotsRequest, v1.ListSnapshotsResponse](
+			httpClient,
+			baseURL+HostServiceListSnapshotsProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("ListSnapshots")),
+			connect.WithClientOptions(opts...),
+		),
+		verifySnapshot: connect.NewClient[v1.VerifySnapshotRequest, v1.VerifySnapshotResponse](
+			httpClient,
+			baseURL+HostServiceVerifySnapshotProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("VerifySnapshot")),
+			connect.WithClientOptions(opts...),
+		),
+		getSnapshotTree: connect.NewClient[v1.GetSnapshotTreeRequest, v1.GetSnapshotTreeResponse](
+			httpClient,
+			baseURL+HostServiceGetSnapshotTreeProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("GetSnapshotTree")),
+			connect.WithClientOptions(opts...),
+		),
 		exec: connect.NewClient[v1.ExecRequest, v1.ExecResponse](
 			httpClient,
 			baseURL+HostServiceExecProcedure,
@@ -186,6 +349,12 @@ func NewHostServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			httpClient,
 			baseURL+HostServiceExecStreamProcedure,
 			connect.WithSchema(hostServiceMethods.ByName("ExecStream")),
+			connect.WithClientOptions(opts...),
+		),
+		signalCommand: connect.NewClient[v1.SignalCommandRequest, v1.SignalCommandResponse](
+			httpClient,
+			baseURL+HostServiceSignalCommandProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("SignalCommand")),
 			connect.WithClientOptions(opts...),
 		),
 		statFile: connect.NewClient[v1.StatFileRequest, v1.StatFileResponse](
@@ -230,6 +399,18 @@ func NewHostServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			connect.WithSchema(hostServiceMethods.ByName("WriteFile")),
 			connect.WithClientOptions(opts...),
 		),
+		watchDir: connect.NewClient[v1.WatchDirRequest, v1.WatchDirResponse](
+			httpClient,
+			baseURL+HostServiceWatchDirProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("WatchDir")),
+			connect.WithClientOptions(opts...),
+		),
+		openPort: connect.NewClient[v1.OpenPortRequest, v1.OpenPortResponse](
+			httpClient,
+			baseURL+HostServiceOpenPortProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("OpenPort")),
+			connect.WithClientOptions(opts...),
+		),
 		readConsole: connect.NewClient[v1.ReadConsoleRequest, v1.ReadConsoleResponse](
 			httpClient,
 			baseURL+HostServiceReadConsoleProcedure,
@@ -248,6 +429,30 @@ func NewHostServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			connect.WithSchema(hostServiceMethods.ByName("ListTemplates")),
 			connect.WithClientOptions(opts...),
 		),
+		getTemplate: connect.NewClient[v1.GetTemplateRequest, v1.GetTemplateResponse](
+			httpClient,
+			baseURL+HostServiceGetTemplateProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("GetTemplate")),
+			connect.WithClientOptions(opts...),
+		),
+		readTemplateLog: connect.NewClient[v1.ReadTemplateLogRequest, v1.ReadTemplateLogResponse](
+			httpClient,
+			baseURL+HostServiceReadTemplateLogProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("ReadTemplateLog")),
+			connect.WithClientOptions(opts...),
+		),
+		buildTemplate: connect.NewClient[v1.BuildTemplateRequest, v1.BuildTemplateResponse](
+			httpClient,
+			baseURL+HostServiceBuildTemplateProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("BuildTemplate")),
+			connect.WithClientOptions(opts...),
+		),
+		deleteTemplate: connect.NewClient[v1.DeleteTemplateRequest, v1.DeleteTemplateResponse](
+			httpClient,
+			baseURL+HostServiceDeleteTemplateProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("DeleteTemplate")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -260,8 +465,18 @@ type hostServiceClient struct {
 	acknowledgeEnded *connect.Client[v1.AcknowledgeEndedRequest, v1.AcknowledgeEndedResponse]
 	setDeadline      *connect.Client[v1.SetDeadlineRequest, v1.SetDeadlineResponse]
 	pingSandbox      *connect.Client[v1.PingSandboxRequest, v1.PingSandboxResponse]
+	touchSandbox     *connect.Client[v1.TouchSandboxRequest, v1.TouchSandboxResponse]
+	pauseSandbox     *connect.Client[v1.PauseSandboxRequest, v1.PauseSandboxResponse]
+	resumeSandbox    *connect.Client[v1.ResumeSandboxRequest, v1.ResumeSandboxResponse]
+	forkSandbox      *connect.Client[v1.ForkSandboxRequest, v1.ForkSandboxResponse]
+	createSnapshot   *connect.Client[v1.CreateSnapshotRequest, v1.CreateSnapshotResponse]
+	deleteSnapshot   *connect.Client[v1.DeleteSnapshotRequest, v1.DeleteSnapshotResponse]
+	listSnapshots    *connect.Client[v1.ListSnapshotsRequest, v1.ListSnapshotsResponse]
+	verifySnapshot   *connect.Client[v1.VerifySnapshotRequest, v1.VerifySnapshotResponse]
+	getSnapshotTree  *connect.Client[v1.GetSnapshotTreeRequest, v1.GetSnapshotTreeResponse]
 	exec             *connect.Client[v1.ExecRequest, v1.ExecResponse]
 	execStream       *connect.Client[v1.ExecStreamRequest, v1.ExecStreamResponse]
+	signalCommand    *connect.Client[v1.SignalCommandRequest, v1.SignalCommandResponse]
 	statFile         *connect.Client[v1.StatFileRequest, v1.StatFileResponse]
 	listDir          *connect.Client[v1.ListDirRequest, v1.ListDirResponse]
 	makeDir          *connect.Client[v1.MakeDirRequest, v1.MakeDirResponse]
@@ -269,9 +484,15 @@ type hostServiceClient struct {
 	removeFile       *connect.Client[v1.RemoveFileRequest, v1.RemoveFileResponse]
 	readFile         *connect.Client[v1.ReadFileRequest, v1.ReadFileResponse]
 	writeFile        *connect.Client[v1.WriteFileRequest, v1.WriteFileResponse]
+	watchDir         *connect.Client[v1.WatchDirRequest, v1.WatchDirResponse]
+	openPort         *connect.Client[v1.OpenPortRequest, v1.OpenPortResponse]
 	readConsole      *connect.Client[v1.ReadConsoleRequest, v1.ReadConsoleResponse]
 	getMetrics       *connect.Client[v1.GetMetricsRequest, v1.GetMetricsResponse]
 	listTemplates    *connect.Client[v1.ListTemplatesRequest, v1.ListTemplatesResponse]
+	getTemplate      *connect.Client[v1.GetTemplateRequest, v1.GetTemplateResponse]
+	readTemplateLog  *connect.Client[v1.ReadTemplateLogRequest, v1.ReadTemplateLogResponse]
+	buildTemplate    *connect.Client[v1.BuildTemplateRequest, v1.BuildTemplateResponse]
+	deleteTemplate   *connect.Client[v1.DeleteTemplateRequest, v1.DeleteTemplateResponse]
 }
 
 // GetHost calls dormouse.host.v1.HostService.GetHost.
@@ -309,6 +530,51 @@ func (c *hostServiceClient) PingSandbox(ctx context.Context, req *connect.Reques
 	return c.pingSandbox.CallUnary(ctx, req)
 }
 
+// TouchSandbox calls dormouse.host.v1.HostService.TouchSandbox.
+func (c *hostServiceClient) TouchSandbox(ctx context.Context, req *connect.Request[v1.TouchSandboxRequest]) (*connect.Response[v1.TouchSandboxResponse], error) {
+	return c.touchSandbox.CallUnary(ctx, req)
+}
+
+// PauseSandbox calls dormouse.host.v1.HostService.PauseSandbox.
+func (c *hostServiceClient) PauseSandbox(ctx context.Context, req *connect.Request[v1.PauseSandboxRequest]) (*connect.Response[v1.PauseSandboxResponse], error) {
+	return c.pauseSandbox.CallUnary(ctx, req)
+}
+
+// ResumeSandbox calls dormouse.host.v1.HostService.ResumeSandbox.
+func (c *hostServiceClient) ResumeSandbox(ctx context.Context, req *connect.Request[v1.ResumeSandboxRequest]) (*connect.Response[v1.ResumeSandboxResponse], error) {
+	return c.resumeSandbox.CallUnary(ctx, req)
+}
+
+// ForkSandbox calls dormouse.host.v1.HostService.ForkSandbox.
+func (c *hostServiceClient) ForkSandbox(ctx context.Context, req *connect.Request[v1.ForkSandboxRequest]) (*connect.Response[v1.ForkSandboxResponse], error) {
+	return c.forkSandbox.CallUnary(ctx, req)
+}
+
+// CreateSnapshot calls dormouse.host.v1.HostService.CreateSnapshot.
+func (c *hostServiceClient) CreateSnapshot(ctx context.Context, req *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.CreateSnapshotResponse], error) {
+	return c.createSnapshot.CallUnary(ctx, req)
+}
+
+// DeleteSnapshot calls dormouse.host.v1.HostService.DeleteSnapshot.
+func (c *hostServiceClient) DeleteSnapshot(ctx context.Context, req *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.DeleteSnapshotResponse], error) {
+	return c.deleteSnapshot.CallUnary(ctx, req)
+}
+
+// ListSnapshots calls dormouse.host.v1.HostService.ListSnapshots.
+func (c *hostServiceClient) ListSnapshots(ctx context.Context, req *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error) {
+	return c.listSnapshots.CallUnary(ctx, req)
+}
+
+// VerifySnapshot calls dormouse.host.v1.HostService.VerifySnapshot.
+func (c *hostServiceClient) VerifySnapshot(ctx context.Context, req *connect.Request[v1.VerifySnapshotRequest]) (*connect.Response[v1.VerifySnapshotResponse], error) {
+	return c.verifySnapshot.CallUnary(ctx, req)
+}
+
+// GetSnapshotTree calls dormouse.host.v1.HostService.GetSnapshotTree.
+func (c *hostServiceClient) GetSnapshotTree(ctx context.Context, req *connect.Request[v1.GetSnapshotTreeRequest]) (*connect.Response[v1.GetSnapshotTreeResponse], error) {
+	return c.getSnapshotTree.CallUnary(ctx, req)
+}
+
 // Exec calls dormouse.host.v1.HostService.Exec.
 func (c *hostServiceClient) Exec(ctx context.Context, req *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error) {
 	return c.exec.CallUnary(ctx, req)
@@ -317,6 +583,11 @@ func (c *hostServiceClient) Exec(ctx context.Context, req *connect.Request[v1.Ex
 // ExecStream calls dormouse.host.v1.HostService.ExecStream.
 func (c *hostServiceClient) ExecStream(ctx context.Context) *connect.BidiStreamForClient[v1.ExecStreamRequest, v1.ExecStreamResponse] {
 	return c.execStream.CallBidiStream(ctx)
+}
+
+// SignalCommand calls dormouse.host.v1.HostService.SignalCommand.
+func (c *hostServiceClient) SignalCommand(ctx context.Context, req *connect.Request[v1.SignalCommandRequest]) (*connect.Response[v1.SignalCommandResponse], error) {
+	return c.signalCommand.CallUnary(ctx, req)
 }
 
 // StatFile calls dormouse.host.v1.HostService.StatFile.
@@ -354,6 +625,16 @@ func (c *hostServiceClient) WriteFile(ctx context.Context) *connect.ClientStream
 	return c.writeFile.CallClientStream(ctx)
 }
 
+// WatchDir calls dormouse.host.v1.HostService.WatchDir.
+func (c *hostServiceClient) WatchDir(ctx context.Context, req *connect.Request[v1.WatchDirRequest]) (*connect.ServerStreamForClient[v1.WatchDirResponse], error) {
+	return c.watchDir.CallServerStream(ctx, req)
+}
+
+// OpenPort calls dormouse.host.v1.HostService.OpenPort.
+func (c *hostServiceClient) OpenPort(ctx context.Context) *connect.BidiStreamForClient[v1.OpenPortRequest, v1.OpenPortResponse] {
+	return c.openPort.CallBidiStream(ctx)
+}
+
 // ReadConsole calls dormouse.host.v1.HostService.ReadConsole.
 func (c *hostServiceClient) ReadConsole(ctx context.Context, req *connect.Request[v1.ReadConsoleRequest]) (*connect.Response[v1.ReadConsoleResponse], error) {
 	return c.readConsole.CallUnary(ctx, req)
@@ -369,11 +650,32 @@ func (c *hostServiceClient) ListTemplates(ctx context.Context, req *connect.Requ
 	return c.listTemplates.CallUnary(ctx, req)
 }
 
+// GetTemplate calls dormouse.host.v1.HostService.GetTemplate.
+func (c *hostServiceClient) GetTemplate(ctx context.Context, req *connect.Request[v1.GetTemplateRequest]) (*connect.Response[v1.GetTemplateResponse], error) {
+	return c.getTemplate.CallUnary(ctx, req)
+}
+
+// ReadTemplateLog calls dormouse.host.v1.HostService.ReadTemplateLog.
+func (c *hostServiceClient) ReadTemplateLog(ctx context.Context, req *connect.Request[v1.ReadTemplateLogRequest]) (*connect.Response[v1.ReadTemplateLogResponse], error) {
+	return c.readTemplateLog.CallUnary(ctx, req)
+}
+
+// BuildTemplate calls dormouse.host.v1.HostService.BuildTemplate.
+func (c *hostServiceClient) BuildTemplate(ctx context.Context) *connect.BidiStreamForClient[v1.BuildTemplateRequest, v1.BuildTemplateResponse] {
+	return c.buildTemplate.CallBidiStream(ctx)
+}
+
+// DeleteTemplate calls dormouse.host.v1.HostService.DeleteTemplate.
+func (c *hostServiceClient) DeleteTemplate(ctx context.Context, req *connect.Request[v1.DeleteTemplateRequest]) (*connect.Response[v1.DeleteTemplateResponse], error) {
+	return c.deleteTemplate.CallUnary(ctx, req)
+}
+
 // HostServiceHandler is an implementation of the dormouse.host.v1.HostService service.
 type HostServiceHandler interface {
 	// GetHost describes the machine: capacity, what is in use, how it runs VMs.
 	GetHost(context.Context, *connect.Request[v1.GetHostRequest]) (*connect.Response[v1.GetHostResponse], error)
-	// CreateSandbox returns when the guest agent answers, or with nothing of the
+	// CreateSandbox returns when the guest agent answers, the template's start
+	// command runs and its health check has succeeded, or with nothing of the
 	// sandbox left on the host. Calling it again with the same ID and the same
 	// spec returns the sandbox that is already there.
 	CreateSandbox(context.Context, *connect.Request[v1.CreateSandboxRequest]) (*connect.Response[v1.CreateSandboxResponse], error)
@@ -386,16 +688,60 @@ type HostServiceHandler interface {
 	// AcknowledgeEnded lets the host forget ended sandboxes: their cause is
 	// recorded elsewhere now.
 	AcknowledgeEnded(context.Context, *connect.Request[v1.AcknowledgeEndedRequest]) (*connect.Response[v1.AcknowledgeEndedResponse], error)
-	// SetDeadline moves the time at which the host destroys the sandbox by itself.
+	// SetDeadline moves the time at which the host destroys the sandbox by itself,
+	// and says anew when it pauses it by itself. A paused sandbox has no deadline:
+	// it is answered with the kind paused.
 	SetDeadline(context.Context, *connect.Request[v1.SetDeadlineRequest]) (*connect.Response[v1.SetDeadlineResponse], error)
-	// PingSandbox asks the guest agent for a sign of life.
+	// PingSandbox asks the guest agent for a sign of life. It counts as activity.
 	PingSandbox(context.Context, *connect.Request[v1.PingSandboxRequest]) (*connect.Response[v1.PingSandboxResponse], error)
+	// TouchSandbox says that a call is on its way: it counts as activity, and the
+	// host does not pause the sandbox by itself for as long as it is asked to hold
+	// it. The guest is not asked. A sandbox that does not run is refused as a call
+	// would be.
+	TouchSandbox(context.Context, *connect.Request[v1.TouchSandboxRequest]) (*connect.Response[v1.TouchSandboxResponse], error)
+	// PauseSandbox saves a running sandbox to disk and returns when that is durable
+	// and nothing of it runs any more. Pausing a paused one is success, and tells
+	// of the pause point that is there. When it fails the sandbox runs on and the
+	// pause point before, if there was one, is as it was. It goes on when the
+	// caller goes away, and takes no longer than the host allows it to: STATE_PAUSING
+	// does not last.
+	PauseSandbox(context.Context, *connect.Request[v1.PauseSandboxRequest]) (*connect.Response[v1.PauseSandboxResponse], error)
+	// ResumeSandbox runs a paused sandbox again, and returns when its guest knows who
+	// it is and answers. Resuming a running one is success and changes nothing of it,
+	// its deadline neither. When it fails the sandbox is paused as before. As to the
+	// caller and to how long it takes, it is as PauseSandbox.
+	ResumeSandbox(context.Context, *connect.Request[v1.ResumeSandboxRequest]) (*connect.Response[v1.ResumeSandboxResponse], error)
+	// ForkSandbox makes sandboxes from the current state of a running one, which runs
+	// on. An error of the call means that there is no copy; otherwise each copy says
+	// for itself whether it runs. A copy that failed is reported as ended, as a
+	// create that failed is. A copy whose ID is there already is that one.
+	ForkSandbox(context.Context, *connect.Request[v1.ForkSandboxRequest]) (*connect.Response[v1.ForkSandboxResponse], error)
+	// CreateSnapshot keeps the current state of a running sandbox, which runs on, under
+	// a name that no snapshot and no template has (kind exists). It returns when that
+	// is durable; on an error there is nothing of that name.
+	CreateSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.CreateSnapshotResponse], error)
+	// DeleteSnapshot refuses while something depends on the snapshot, with the names of
+	// that (kind conflict): sandboxes that were made from it and have not ended, and
+	// snapshots whose parent it is. Deleting what is not there is success.
+	DeleteSnapshot(context.Context, *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.DeleteSnapshotResponse], error)
+	// ListSnapshots names every snapshot that is whole.
+	ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error)
+	// VerifySnapshot reads all that a snapshot consists of and compares it with its
+	// digests. What is wrong with it is in the answer, not an error of the call.
+	VerifySnapshot(context.Context, *connect.Request[v1.VerifySnapshotRequest]) (*connect.Response[v1.VerifySnapshotResponse], error)
+	// GetSnapshotTree tells what a snapshot descends from and what descends from it,
+	// parents first.
+	GetSnapshotTree(context.Context, *connect.Request[v1.GetSnapshotTreeRequest]) (*connect.Response[v1.GetSnapshotTreeResponse], error)
 	// Exec runs a command to its end and returns its bounded output.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
 	// ExecStream runs a command with its input and output as they come. The first
 	// message starts it; later ones carry input. Flow control reaches the process:
-	// a slow reader slows it and nothing is dropped.
+	// a slow reader slows it and nothing is dropped. A first message of the other
+	// kind follows a command in a terminal that runs already.
 	ExecStream(context.Context, *connect.BidiStream[v1.ExecStreamRequest, v1.ExecStreamResponse]) error
+	// SignalCommand signals a command that Exec or ExecStream started. It does not
+	// wait behind input that the command does not take.
+	SignalCommand(context.Context, *connect.Request[v1.SignalCommandRequest]) (*connect.Response[v1.SignalCommandResponse], error)
 	StatFile(context.Context, *connect.Request[v1.StatFileRequest]) (*connect.Response[v1.StatFileResponse], error)
 	ListDir(context.Context, *connect.Request[v1.ListDirRequest]) (*connect.Response[v1.ListDirResponse], error)
 	MakeDir(context.Context, *connect.Request[v1.MakeDirRequest]) (*connect.Response[v1.MakeDirResponse], error)
@@ -405,11 +751,31 @@ type HostServiceHandler interface {
 	ReadFile(context.Context, *connect.Request[v1.ReadFileRequest], *connect.ServerStream[v1.ReadFileResponse]) error
 	// WriteFile's first message names the target, later ones carry the bytes.
 	WriteFile(context.Context, *connect.ClientStream[v1.WriteFileRequest]) (*connect.Response[v1.WriteFileResponse], error)
+	// WatchDir tells what happens in a directory, each thing once and in order, from
+	// its first message on until the caller goes away. Whoever reads too slowly for
+	// the guest to wait is told so, and nothing after that.
+	WatchDir(context.Context, *connect.Request[v1.WatchDirRequest], *connect.ServerStream[v1.WatchDirResponse]) error
+	// OpenPort connects to a TCP port of the guest. The first message names it; the
+	// first answer says that it is open. Later ones carry bytes, and flow control
+	// reaches both ends. The caller ends its half with its stream, the guest's half
+	// ends with a message. The connection ends with the sandbox, and its cause.
+	OpenPort(context.Context, *connect.BidiStream[v1.OpenPortRequest, v1.OpenPortResponse]) error
 	// ReadConsole returns the tail of the VM's console log.
 	ReadConsole(context.Context, *connect.Request[v1.ReadConsoleRequest]) (*connect.Response[v1.ReadConsoleResponse], error)
 	// GetMetrics returns the guest's own figures and what the sandbox costs here.
 	GetMetrics(context.Context, *connect.Request[v1.GetMetricsRequest]) (*connect.Response[v1.GetMetricsResponse], error)
 	ListTemplates(context.Context, *connect.Request[v1.ListTemplatesRequest]) (*connect.Response[v1.ListTemplatesResponse], error)
+	GetTemplate(context.Context, *connect.Request[v1.GetTemplateRequest]) (*connect.Response[v1.GetTemplateResponse], error)
+	// ReadTemplateLog returns what the build of a template has told.
+	ReadTemplateLog(context.Context, *connect.Request[v1.ReadTemplateLogRequest]) (*connect.Response[v1.ReadTemplateLogResponse], error)
+	// BuildTemplate makes a template and tells what happens on the way. The first
+	// message says what to build, later ones carry the upload, if the source is
+	// one; its end is the end of the caller's messages. The last answer has the
+	// template. A caller that goes away ends the build.
+	BuildTemplate(context.Context, *connect.BidiStream[v1.BuildTemplateRequest, v1.BuildTemplateResponse]) error
+	// DeleteTemplate refuses while sandboxes, paused ones too, or snapshots lie on the
+	// template, with their IDs and names.
+	DeleteTemplate(context.Context, *connect.Request[v1.DeleteTemplateRequest]) (*connect.Response[v1.DeleteTemplateResponse], error)
 }
 
 // NewHostServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -461,6 +827,60 @@ func NewHostServiceHandler(svc HostServiceHandler, opts ...connect.HandlerOption
 		connect.WithSchema(hostServiceMethods.ByName("PingSandbox")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostServiceTouchSandboxHandler := connect.NewUnaryHandler(
+		HostServiceTouchSandboxProcedure,
+		svc.TouchSandbox,
+		connect.WithSchema(hostServiceMethods.ByName("TouchSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostServicePauseSandboxHandler := connect.NewUnaryHandler(
+		HostServicePauseSandboxProcedure,
+		svc.PauseSandbox,
+		connect.WithSchema(hostServiceMethods.ByName("PauseSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostServiceResumeSandboxHandler := connect.NewUnaryHandler(
+		HostServiceResumeSandboxProcedure,
+		svc.ResumeSandbox,
+		connect.WithSchema(hostServiceMethods.ByName("ResumeSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostServiceForkSandboxHandler := connect.NewUnaryHandler(
+		HostServiceForkSandboxProcedure,
+		svc.ForkSandbox,
+		connect.WithSchema(hostServiceMethods.ByName("ForkSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostServiceCreateSnapshotHandler := connect.NewUnaryHandler(
+		HostServiceCreateSnapshotProcedure,
+		svc.CreateSnapshot,
+		connect.WithSchema(hostServiceMethods.ByName("CreateSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostServiceDeleteSnapshotHandler := connect.NewUnaryHandler(
+		HostServiceDeleteSnapshotProcedure,
+		svc.DeleteSnapshot,
+		connect.WithSchema(hostServiceMethods.ByName("DeleteSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostServiceListSnapshotsHandler := connect.NewUnaryHandler(
+		HostServiceListSnapshotsProcedure,
+		svc.ListSnapshots,
+		connect.WithSchema(hostServiceMethods.ByName("ListSnapshots")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostServiceVerifySnapshotHandler := connect.NewUnaryHandler(
+		HostServiceVerifySnapshotProcedure,
+		svc.VerifySnapshot,
+		connect.WithSchema(hostServiceMethods.ByName("VerifySnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostServiceGetSnapshotTreeHandler := connect.NewUnaryHandler(
+		HostServiceGetSnapshotTreeProcedure,
+		svc.GetSnapshotTree,
+		connect.WithSchema(hostServiceMethods.ByName("GetSnapshotTree")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostServiceExecHandler := connect.NewUnaryHandler(
 		HostServiceExecProcedure,
 		svc.Exec,
@@ -471,6 +891,12 @@ func NewHostServiceHandler(svc HostServiceHandler, opts ...connect.HandlerOption
 		HostServiceExecStreamProcedure,
 		svc.ExecStream,
 		connect.WithSchema(hostServiceMethods.ByName("ExecStream")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostServiceSignalCommandHandler := connect.NewUnaryHandler(
+		HostServiceSignalCommandProcedure,
+		svc.SignalCommand,
+		connect.WithSchema(hostServiceMethods.ByName("SignalCommand")),
 		connect.WithHandlerOptions(opts...),
 	)
 	hostServiceStatFileHandler := connect.NewUnaryHandler(
@@ -515,6 +941,18 @@ func NewHostServiceHandler(svc HostServiceHandler, opts ...connect.HandlerOption
 		connect.WithSchema(hostServiceMethods.ByName("WriteFile")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostServiceWatchDirHandler := connect.NewServerStreamHandler(
+		HostServiceWatchDirProcedure,
+		svc.WatchDir,
+		connect.WithSchema(hostServiceMethods.ByName("WatchDir")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostServiceOpenPortHandler := connect.NewBidiStreamHandler(
+		HostServiceOpenPortProcedure,
+		svc.OpenPort,
+		connect.WithSchema(hostServiceMethods.ByName("OpenPort")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostServiceReadConsoleHandler := connect.NewUnaryHandler(
 		HostServiceReadConsoleProcedure,
 		svc.ReadConsole,
@@ -533,6 +971,30 @@ func NewHostServiceHandler(svc HostServiceHandler, opts ...connect.HandlerOption
 		connect.WithSchema(hostServiceMethods.ByName("ListTemplates")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostServiceGetTemplateHandler := connect.NewUnaryHandler(
+		HostServiceGetTemplateProcedure,
+		svc.GetTemplate,
+		connect.WithSchema(hostServiceMethods.ByName("GetTemplate")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostServiceReadTemplateLogHandler := connect.NewUnaryHandler(
+		HostServiceReadTemplateLogProcedure,
+		svc.ReadTemplateLog,
+		connect.WithSchema(hostServiceMethods.ByName("ReadTemplateLog")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostServiceBuildTemplateHandler := connect.NewBidiStreamHandler(
+		HostServiceBuildTemplateProcedure,
+		svc.BuildTemplate,
+		connect.WithSchema(hostServiceMethods.ByName("BuildTemplate")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostServiceDeleteTemplateHandler := connect.NewUnaryHandler(
+		HostServiceDeleteTemplateProcedure,
+		svc.DeleteTemplate,
+		connect.WithSchema(hostServiceMethods.ByName("DeleteTemplate")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/dormouse.host.v1.HostService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case HostServiceGetHostProcedure:
@@ -549,10 +1011,30 @@ func NewHostServiceHandler(svc HostServiceHandler, opts ...connect.HandlerOption
 			hostServiceSetDeadlineHandler.ServeHTTP(w, r)
 		case HostServicePingSandboxProcedure:
 			hostServicePingSandboxHandler.ServeHTTP(w, r)
+		case HostServiceTouchSandboxProcedure:
+			hostServiceTouchSandboxHandler.ServeHTTP(w, r)
+		case HostServicePauseSandboxProcedure:
+			hostServicePauseSandboxHandler.ServeHTTP(w, r)
+		case HostServiceResumeSandboxProcedure:
+			hostServiceResumeSandboxHandler.ServeHTTP(w, r)
+		case HostServiceForkSandboxProcedure:
+			hostServiceForkSandboxHandler.ServeHTTP(w, r)
+		case HostServiceCreateSnapshotProcedure:
+			hostServiceCreateSnapshotHandler.ServeHTTP(w, r)
+		case HostServiceDeleteSnapshotProcedure:
+			hostServiceDeleteSnapshotHandler.ServeHTTP(w, r)
+		case HostServiceListSnapshotsProcedure:
+			hostServiceListSnapshotsHandler.ServeHTTP(w, r)
+		case HostServiceVerifySnapshotProcedure:
+			hostServiceVerifySnapshotHandler.ServeHTTP(w, r)
+		case HostServiceGetSnapshotTreeProcedure:
+			hostServiceGetSnapshotTreeHandler.ServeHTTP(w, r)
 		case HostServiceExecProcedure:
 			hostServiceExecHandler.ServeHTTP(w, r)
 		case HostServiceExecStreamProcedure:
 			hostServiceExecStreamHandler.ServeHTTP(w, r)
+		case HostServiceSignalCommandProcedure:
+			hostServiceSignalCommandHandler.ServeHTTP(w, r)
 		case HostServiceStatFileProcedure:
 			hostServiceStatFileHandler.ServeHTTP(w, r)
 		case HostServiceListDirProcedure:
@@ -567,12 +1049,24 @@ func NewHostServiceHandler(svc HostServiceHandler, opts ...connect.HandlerOption
 			hostServiceReadFileHandler.ServeHTTP(w, r)
 		case HostServiceWriteFileProcedure:
 			hostServiceWriteFileHandler.ServeHTTP(w, r)
+		case HostServiceWatchDirProcedure:
+			hostServiceWatchDirHandler.ServeHTTP(w, r)
+		case HostServiceOpenPortProcedure:
+			hostServiceOpenPortHandler.ServeHTTP(w, r)
 		case HostServiceReadConsoleProcedure:
 			hostServiceReadConsoleHandler.ServeHTTP(w, r)
 		case HostServiceGetMetricsProcedure:
 			hostServiceGetMetricsHandler.ServeHTTP(w, r)
 		case HostServiceListTemplatesProcedure:
 			hostServiceListTemplatesHandler.ServeHTTP(w, r)
+		case HostServiceGetTemplateProcedure:
+			hostServiceGetTemplateHandler.ServeHTTP(w, r)
+		case HostServiceReadTemplateLogProcedure:
+			hostServiceReadTemplateLogHandler.ServeHTTP(w, r)
+		case HostServiceBuildTemplateProcedure:
+			hostServiceBuildTemplateHandler.ServeHTTP(w, r)
+		case HostServiceDeleteTemplateProcedure:
+			hostServiceDeleteTemplateHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -610,12 +1104,52 @@ func (UnimplementedHostServiceHandler) PingSandbox(context.Context, *connect.Req
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.PingSandbox is not implemented"))
 }
 
+func (UnimplementedHostServiceHandler) TouchSandbox(context.Context, *connect.Request[v1.TouchSandboxRequest]) (*connect.Response[v1.TouchSandboxResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.TouchSandbox is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) PauseSandbox(context.Context, *connect.Request[v1.PauseSandboxRequest]) (*connect.Response[v1.PauseSandboxResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.PauseSandbox is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) ResumeSandbox(context.Context, *connect.Request[v1.ResumeSandboxRequest]) (*connect.Response[v1.ResumeSandboxResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.ResumeSandbox is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) ForkSandbox(context.Context, *connect.Request[v1.ForkSandboxRequest]) (*connect.Response[v1.ForkSandboxResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.ForkSandbox is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) CreateSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.CreateSnapshotResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.CreateSnapshot is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) DeleteSnapshot(context.Context, *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.DeleteSnapshotResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.DeleteSnapshot is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.ListSnapshots is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) VerifySnapshot(context.Context, *connect.Request[v1.VerifySnapshotRequest]) (*connect.Response[v1.VerifySnapshotResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.VerifySnapshot is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) GetSnapshotTree(context.Context, *connect.Request[v1.GetSnapshotTreeRequest]) (*connect.Response[v1.GetSnapshotTreeResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.GetSnapshotTree is not implemented"))
+}
+
 func (UnimplementedHostServiceHandler) Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.Exec is not implemented"))
 }
 
 func (UnimplementedHostServiceHandler) ExecStream(context.Context, *connect.BidiStream[v1.ExecStreamRequest, v1.ExecStreamResponse]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.ExecStream is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) SignalCommand(context.Context, *connect.Request[v1.SignalCommandRequest]) (*connect.Response[v1.SignalCommandResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.SignalCommand is not implemented"))
 }
 
 func (UnimplementedHostServiceHandler) StatFile(context.Context, *connect.Request[v1.StatFileRequest]) (*connect.Response[v1.StatFileResponse], error) {
@@ -646,6 +1180,14 @@ func (UnimplementedHostServiceHandler) WriteFile(context.Context, *connect.Clien
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.WriteFile is not implemented"))
 }
 
+func (UnimplementedHostServiceHandler) WatchDir(context.Context, *connect.Request[v1.WatchDirRequest], *connect.ServerStream[v1.WatchDirResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.WatchDir is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) OpenPort(context.Context, *connect.BidiStream[v1.OpenPortRequest, v1.OpenPortResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.OpenPort is not implemented"))
+}
+
 func (UnimplementedHostServiceHandler) ReadConsole(context.Context, *connect.Request[v1.ReadConsoleRequest]) (*connect.Response[v1.ReadConsoleResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.ReadConsole is not implemented"))
 }
@@ -656,4 +1198,20 @@ func (UnimplementedHostServiceHandler) GetMetrics(context.Context, *connect.Requ
 
 func (UnimplementedHostServiceHandler) ListTemplates(context.Context, *connect.Request[v1.ListTemplatesRequest]) (*connect.Response[v1.ListTemplatesResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.ListTemplates is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) GetTemplate(context.Context, *connect.Request[v1.GetTemplateRequest]) (*connect.Response[v1.GetTemplateResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.GetTemplate is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) ReadTemplateLog(context.Context, *connect.Request[v1.ReadTemplateLogRequest]) (*connect.Response[v1.ReadTemplateLogResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.ReadTemplateLog is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) BuildTemplate(context.Context, *connect.BidiStream[v1.BuildTemplateRequest, v1.BuildTemplateResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.BuildTemplate is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) DeleteTemplate(context.Context, *connect.Request[v1.DeleteTemplateRequest]) (*connect.Response[v1.DeleteTemplateResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.DeleteTemplate is not implemented"))
 }
