@@ -1,4 +1,4 @@
-// Package auth makes and checks API keys.
+// Package auth makes and checks API keys, and tokens for the ports of sandboxes.
 //
 // It promises that a secret has 160 random bits, is returned once and never
 // stored, logged or put into an error: the database has its SHA-256, which is
@@ -119,10 +119,14 @@ func (k *Keys) Check(ctx context.Context, secret string) (store.Key, error) {
 	if subtle.ConstantTimeCompare(sum, key.Hash) != 1 {
 		return store.Key{}, errUnauthorized
 	}
+	k.touch(ctx, key)
+	return key, nil
+}
+
+func (k *Keys) touch(ctx context.Context, key store.Key) {
 	if now := k.now(); now.Sub(key.LastUsedAt) >= touchEvery {
 		_ = k.db.TouchKey(ctx, key.ID, now) // a stale last use must not refuse a valid key
 	}
-	return key, nil
 }
 
 // Keys lists the keys, oldest first.

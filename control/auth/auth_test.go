@@ -89,3 +89,24 @@ func TestFromRequest(t *testing.T) {
 		}
 	}
 }
+
+// FuzzFromRequest: a header that is there and not understood is a wrong key, not
+// none; what is understood is what was sent.
+func FuzzFromRequest(f *testing.F) {
+	f.Add("Bearer dmk_1", "")
+	f.Add("bearer", "x")
+	f.Add("Basic eDp5", "dmk_2")
+	f.Add("", "dmk_3")
+	f.Fuzz(func(t *testing.T, authorization, key string) {
+		r := &http.Request{Header: http.Header{}}
+		r.Header.Set("Authorization", authorization)
+		r.Header.Set(auth.HeaderKey, key)
+		secret, given := auth.FromRequest(r)
+		if given != (authorization != "" || key != "") {
+			t.Errorf("%q, %q: given %v", authorization, key, given)
+		}
+		if secret != "" && !strings.Contains(authorization, secret) && secret != key {
+			t.Errorf("%q, %q: secret %q", authorization, key, secret)
+		}
+	})
+}

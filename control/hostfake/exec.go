@@ -2,6 +2,7 @@ package hostfake
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -28,6 +29,8 @@ type process struct {
 	stdout io.Writer
 	stderr io.Writer
 	args   []string
+	tty    *terminal               // nil without one
+	mark   func(name string) error // counts in the sandbox, if it still runs
 }
 
 // commands are what the fake can run:
@@ -40,6 +43,8 @@ type process struct {
 //	spew N       writes N bytes of Pattern as fast as it can
 //	sleep        runs until it is killed
 //	deaf         the same, and never reads its input
+//	size         writes the size of its terminal whenever that changes
+//	mark NAME    adds one to the sandbox's mark of that name, see Marks
 var commands = map[string]func(process) (int, error){
 	"echo": func(p process) (int, error) {
 		_, err := fmt.Fprintln(p.stdout, strings.Join(p.args, " "))
@@ -55,6 +60,8 @@ var commands = map[string]func(process) (int, error){
 	"spew":  runSpew,
 	"sleep": runSleep,
 	"deaf":  runSleep,
+	"size":  runSize,
+	"mark":  func(p process) (int, error) { return 0, p.mark(p.args[0]) },
 }
 
 func runHash(p process) (int, error) {
@@ -113,9 +120,9 @@ func (p *pattern) Read(b []byte) (int, error) {
 func (h *Host) run(b *box, cmd *hostv1.Command, p process) (*hostv1.ExecEnd, error) {
 	command, ok := commands[cmd.GetCmd()]
 	if !ok && cmd.GetCmd() == "/bin/sh" && len(cmd.GetArgs()) == 2 {
-		words := strings.Fields(cmd.GetArgs()[1])
+		words := append(strings.Fields(cmd.GetArgs()[1]), "") // a line may be empty
 		if command, ok = commands[words[0]]; ok {
-			p.args = words[1:]
+			p.args = words[1 : len(words)-1]
 		}
 	} else {
 		p.args = cmd.GetArgs()
@@ -131,10 +138,23 @@ func (h *Host) run(b *box, cmd *hostv1.Command, p process) (*hostv1.ExecEnd, err
 		h.processes--
 		h.mu.Unlock()
 	}()
+	p.mark = func(name string) error {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if p.ctx.Err() != nil {
+			return p.ctx.Err()
+		}
+		f := b.files["/marks/"+name]
+		f.size++
+		b.files["/marks/"+name] = f
+		return nil
+	}
 	code, err := command(p)
 	switch {
 	case b.life.Err() != nil:
 		return nil, hostapi.ToConnect(sandbox.Errorf(sandbox.KindTransient, "the guest agent is gone"))
+	case sandbox.Is(context.Cause(p.ctx), sandbox.KindConflict):
+		return nil, hostapi.ToConnect(context.Cause(p.ctx)) // it was paused
 	case p.ctx.Err() != nil || err != nil:
 		return &hostv1.ExecEnd{ExitCode: -1, Status: "signal: killed"}, nil
 	}
@@ -146,13 +166,11 @@ func (h *Host) Exec(ctx context.Context, req *connect.Request[hostv1.ExecRequest
 	if err := h.enter(ctx, "Exec", req.Msg.GetId()); err != nil {
 		return nil, err
 	}
-	b, err := h.running(req.Msg.GetId())
+	b, ctx, done, err := h.visit(ctx, req.Msg.GetId())
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(b.life, cancel)()
+	defer done()
 	most := int(req.Msg.GetMaxOutputBytes())
 	out, errOut := &bounded{most: most}, &bounded{most: most}
 	end, err := h.run(b, req.Msg.GetCommand(), process{
@@ -164,6 +182,22 @@ func (h *Host) Exec(ctx context.Context, req *connect.Request[hostv1.ExecRequest
 	return connect.NewResponse(&hostv1.ExecResponse{
 		Stdout: out.Bytes(), Stderr: errOut.Bytes(), StdoutTruncated: out.cut, StderrTruncated: errOut.cut, End: end,
 	}), nil
+}
+
+// Marks are what "mark" has counted in a sandbox, and in those that it descends
+// from before it came from them.
+func (h *Host) Marks(id string) map[string]int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	out := map[string]int{}
+	if b, ok := h.boxes[id]; ok {
+		for name, f := range b.files {
+			if name, ok := strings.CutPrefix(name, "/marks/"); ok {
+				out[name] = int(f.size)
+			}
+		}
+	}
+	return out
 }
 
 // bounded keeps the first bytes.
@@ -182,22 +216,40 @@ func (b *bounded) Write(p []byte) (int, error) {
 
 // ExecStream implements the contract. Input that the command does not read
 // blocks what is behind it, a kill too: the least that a host may do.
-func (h *Host) ExecStream(ctx context.Context, stream *connect.BidiStream[hostv1.ExecStreamRequest, hostv1.ExecStreamResponse]) error {
+func (h *Host) ExecStream(ctx context.Context, stream *execStream) error {
 	first, err := stream.Receive()
 	if err != nil {
 		return err
 	}
-	start := first.GetStart()
-	if err := h.enter(ctx, "ExecStream", start.GetId()); err != nil {
+	start, attach := first.GetStart(), first.GetAttach()
+	id := cmp.Or(start.GetId(), attach.GetId())
+	if err := h.enter(ctx, "ExecStream", id); err != nil {
 		return err
 	}
-	b, err := h.running(start.GetId())
+	b, ctx, done, err := h.visit(ctx, id)
 	if err != nil {
 		return err
 	}
+	defer done()
+	switch {
+	case attach != nil:
+		t, err := h.findTerminal(b, attach.GetPid())
+		if err != nil {
+			return err
+		}
+		t.resize(attach.GetTerminal())
+		return t.serve(ctx, stream, nil, true)
+	case start.GetTerminal() != nil:
+		t, run := h.openTerminal(b, start)
+		return t.serve(ctx, stream, run, start.GetKeep())
+	}
+	return h.pipes(ctx, stream, b, start)
+}
+
+// pipes runs a command without a terminal.
+func (h *Host) pipes(ctx context.Context, stream *execStream, b *box, start *hostv1.ExecStreamRequest_Start) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(b.life, cancel)()
 	if err := stream.Send(&hostv1.ExecStreamResponse{Message: &hostv1.ExecStreamResponse_Started_{
 		Started: &hostv1.ExecStreamResponse_Started{Pid: 42},
 	}}); err != nil {
@@ -218,7 +270,7 @@ func (h *Host) ExecStream(ctx context.Context, stream *connect.BidiStream[hostv1
 }
 
 // control carries what the caller sends to the command.
-func (h *Host) control(stream *connect.BidiStream[hostv1.ExecStreamRequest, hostv1.ExecStreamResponse], stdin *io.PipeWriter, kill context.CancelFunc) {
+func (h *Host) control(stream *execStream, stdin *io.PipeWriter, kill context.CancelFunc) {
 	for {
 		msg, err := stream.Receive()
 		if err != nil {
@@ -241,7 +293,7 @@ func (h *Host) control(stream *connect.BidiStream[hostv1.ExecStreamRequest, host
 
 // channel writes output to the stream.
 type channel struct {
-	stream *connect.BidiStream[hostv1.ExecStreamRequest, hostv1.ExecStreamResponse]
+	stream *execStream
 	stderr bool
 }
 

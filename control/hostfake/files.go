@@ -61,12 +61,16 @@ func (h *Host) on(ctx context.Context, method, id string, fn func(files map[stri
 	if err := h.enter(ctx, method, id); err != nil {
 		return err
 	}
-	b, err := h.running(id)
+	b, _, done, err := h.visit(ctx, id)
 	if err != nil {
 		return err
 	}
+	defer done()
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if err := b.callable(); err != nil {
+		return hostapi.ToConnect(err)
+	}
 	return fn(b.files)
 }
 
@@ -160,6 +164,11 @@ func (h *Host) ReadFile(ctx context.Context, req *connect.Request[hostv1.ReadFil
 	if f.dir {
 		return hostapi.ToConnect(sandbox.Errorf(sandbox.KindInvalid, "%s is a directory", name))
 	}
+	_, ctx, done, err := h.visit(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer done()
 	var r io.Reader = bytes.NewReader(f.data)
 	size := f.size
 	if n, ok := strings.CutPrefix(name, "/pattern/"); ok {
@@ -180,6 +189,9 @@ func (h *Host) ReadFile(ctx context.Context, req *connect.Request[hostv1.ReadFil
 		if err := h.enter(ctx, "ReadFile.data", id); err != nil {
 			return err
 		}
+		if ctx.Err() != nil { // it has ended or is paused, or the caller is gone
+			return hostapi.ToConnect(context.Cause(ctx))
+		}
 		if err := stream.Send(&hostv1.ReadFileResponse{Message: &hostv1.ReadFileResponse_Data{Data: buf[:n]}}); err != nil {
 			return err
 		}
@@ -195,10 +207,11 @@ func (h *Host) WriteFile(ctx context.Context, stream *connect.ClientStream[hostv
 	if err := h.enter(ctx, "WriteFile", start.GetId()); err != nil {
 		return nil, err
 	}
-	b, err := h.running(start.GetId())
+	b, _, done, err := h.visit(ctx, start.GetId())
 	if err != nil {
 		return nil, err
 	}
+	defer done()
 	var f file
 	sum := sha256.New()
 	for stream.Receive() {
@@ -215,6 +228,9 @@ func (h *Host) WriteFile(ctx context.Context, stream *connect.ClientStream[hostv
 	f.hash = hex.EncodeToString(sum.Sum(nil))
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if err := b.callable(); err != nil { // paused or ended meanwhile
+		return nil, hostapi.ToConnect(sandbox.WithKind(sandbox.KindConflict, err))
+	}
 	b.files[start.GetPath()] = f
 	return connect.NewResponse(&hostv1.WriteFileResponse{Path: start.GetPath(), Size: f.size}), nil
 }

@@ -2,7 +2,9 @@
 // whole of hostapi, runs a few made-up commands, and breaks on request. Where it
 // serves an empty disk and no VM it does what the contract says: a create is
 // idempotent by ID, an end is reported until it was acknowledged, a stream whose
-// caller goes away kills its command, an upload that breaks off leaves no file.
+// caller goes away kills its command, an upload that breaks off leaves no file, a
+// pause interrupts what is under way and keeps the files, a copy has those that the
+// original had at that moment.
 package hostfake
 
 import (
@@ -35,16 +37,35 @@ type Host struct {
 	boxes     map[string]*box
 	info      *hostv1.GetHostResponse
 	templates []*hostv1.Template
+	snapshots map[string]*snapshot
+	damage    map[string][]*hostv1.VerifySnapshotResponse_Damage
+	refuse    error // of what makes or needs a pause point
 	counts    map[string]int
 	processes int
+	pids      uint32
+	started   *hostv1.ExecStreamRequest_Start
+	dial      Dial
+	watch     Watch
+	conns     int
 }
 
 // box is one sandbox.
 type box struct {
 	status *hostv1.SandboxStatus
 	files  map[string]file
-	life   context.Context // ends with the sandbox
-	end    context.CancelFunc
+
+	terminals map[uint32]*terminal
+
+	life context.Context // ends with the sandbox
+	end  func()
+
+	op    chan struct{}   // held by the verb that saves or runs it: one at a time
+	awake context.Context // ends with the sandbox and with its pause, which is the cause
+	cut   context.CancelCauseFunc
+
+	active int       // calls under way
+	held   time.Time // until then it is not paused for being idle
+	line   string    // the nearest snapshot above it
 }
 
 var _ hostv1connect.HostServiceHandler = (*Host)(nil)
@@ -53,10 +74,11 @@ var _ hostv1connect.HostServiceHandler = (*Host)(nil)
 func New() *Host {
 	return &Host{
 		boxes:  map[string]*box{},
-		counts: map[string]int{},
+		counts: map[string]int{}, snapshots: map[string]*snapshot{}, damage: map[string][]*hostv1.VerifySnapshotResponse_Damage{},
+		pids: 100,
 		info: &hostv1.GetHostResponse{
 			Name: "fake", Version: "test", Vmm: "fake", Accelerator: "tcg", AcceleratorReason: "it is a fake",
-			Cpus: 2, MemTotalMib: 8192, MemAvailableMib: 8192, DiskFreeMib: 1 << 20, MaxSandboxes: 100, Instance: "fake1",
+			Cpus: 2, MemTotalMib: 8192, MemAvailableMib: 8192, DiskFreeMib: 1 << 20, MaxSandboxes: 100, Instance: "fake1", DiskDriver: "qcow",
 		},
 		templates: []*hostv1.Template{{
 			Name: "base", Digest: "d", SizeBytes: 1 << 20, MinDiskMib: 512, DefaultUser: "user", BuiltAt: timestamppb.Now(),
@@ -143,6 +165,15 @@ func (h *Host) Crash(id string, cause sandbox.Cause, detail string) {
 	}
 }
 
+// Freeze makes a sandbox stand still, or go on.
+func (h *Host) Freeze(id string, why sandbox.Freeze) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if b, ok := h.boxes[id]; ok {
+		b.status.Frozen = string(why)
+	}
+}
+
 // Forget makes the host lose every record, as if its disk had been wiped.
 func (h *Host) Forget() {
 	h.mu.Lock()
@@ -165,10 +196,15 @@ func (h *Host) Plant(status *hostv1.SandboxStatus) {
 }
 
 func newBox(status *hostv1.SandboxStatus) *box {
-	b := &box{status: status, files: map[string]file{}}
-	b.life, b.end = context.WithCancel(context.Background())
+	b := &box{status: status, files: map[string]file{}, op: make(chan struct{}, 1)}
+	life, end := context.WithCancelCause(context.Background())
+	b.life, b.end = life, func() { end(sandbox.Errorf(sandbox.KindConflict, "sandbox %s has ended", status.GetSpec().GetId())) }
+	b.wake()
 	return b
 }
+
+// wake lets calls in; the caller holds mu.
+func (b *box) wake() { b.awake, b.cut = context.WithCancelCause(b.life) }
 
 // finish ends a box; the caller holds mu. The first cause stays.
 func (b *box) finish(cause sandbox.Cause, detail string) {
@@ -177,6 +213,7 @@ func (b *box) finish(cause sandbox.Cause, detail string) {
 	}
 	b.status.State, b.status.Cause, b.status.CauseDetail = hostv1.State_STATE_ENDED, string(cause), detail
 	b.status.EndedAt = timestamppb.Now()
+	b.status.Saved, b.status.PausedAt, b.status.PauseReason = nil, nil, ""
 	b.end()
 }
 
@@ -204,14 +241,60 @@ func (h *Host) enter(ctx context.Context, method, id string) error {
 func (h *Host) running(id string) (*box, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	b, err := h.find(id)
+	if err == nil {
+		err = b.callable()
+	}
+	return b, hostapi.ToConnect(err)
+}
+
+// find finds a box; the caller holds mu.
+func (h *Host) find(id string) (*box, error) {
 	b, ok := h.boxes[id]
 	if !ok {
-		return nil, hostapi.ToConnect(sandbox.Errorf(sandbox.KindNotFound, "the host has no sandbox %s", id))
-	}
-	if b.status.State != hostv1.State_STATE_RUNNING {
-		return nil, hostapi.ToConnect(sandbox.Errorf(sandbox.KindConflict, "sandbox %s is not running", id))
+		return nil, sandbox.Errorf(sandbox.KindNotFound, "the host has no sandbox %s", id)
 	}
 	return b, nil
+}
+
+// callable says why a box cannot be called; the caller holds mu.
+func (b *box) callable() error {
+	id := b.status.GetSpec().GetId()
+	switch b.status.State {
+	case hostv1.State_STATE_RUNNING:
+		return nil
+	case hostv1.State_STATE_PAUSING, hostv1.State_STATE_PAUSED, hostv1.State_STATE_RESUMING:
+		return sandbox.Errorf(sandbox.KindPaused, "sandbox %s is paused", id)
+	case hostv1.State_STATE_ENDED:
+		return sandbox.Errorf(sandbox.KindConflict, "sandbox %s has ended (%s)", id, b.status.Cause)
+	}
+	return sandbox.Errorf(sandbox.KindConflict, "sandbox %s is not running", id)
+}
+
+// visit begins a call into a running sandbox: it is activity until done, and its
+// context ends with the caller's, with the sandbox and with its pause.
+func (h *Host) visit(ctx context.Context, id string) (_ *box, _ context.Context, done func(), _ error) {
+	h.mu.Lock()
+	b, err := h.find(id)
+	if err == nil {
+		err = b.callable()
+	}
+	if err != nil {
+		h.mu.Unlock()
+		return nil, nil, nil, hostapi.ToConnect(err)
+	}
+	b.active++
+	awake := b.awake
+	h.mu.Unlock()
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(awake, func() { cancel(context.Cause(awake)) })
+	return b, ctx, func() {
+		stop()
+		cancel(nil)
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		b.active--
+	}, nil
 }
 
 // GetHost implements the contract.
@@ -235,6 +318,9 @@ func (h *Host) CreateSandbox(ctx context.Context, req *connect.Request[hostv1.Cr
 	if _, err := sandbox.ParseID(id); err != nil {
 		return nil, hostapi.ToConnect(err)
 	}
+	if req.Msg.GetNoStart() {
+		h.count("unstarted", 1)
+	}
 	b := h.reserve(spec)
 	if err := h.enter(ctx, "CreateSandbox", id); err != nil {
 		h.Crash(id, sandbox.CauseCreateFailed, "")
@@ -245,6 +331,10 @@ func (h *Host) CreateSandbox(ctx context.Context, req *connect.Request[hostv1.Cr
 	if err := b.life.Err(); err != nil || ctx.Err() != nil {
 		b.finish(sandbox.CauseCreateFailed, "cancelled")
 		return nil, hostapi.ToConnect(sandbox.Errorf(sandbox.KindConflict, "sandbox %s ended during its create", id))
+	}
+	if err := h.begin(b); err != nil {
+		b.finish(sandbox.CauseCreateFailed, err.Error())
+		return nil, hostapi.ToConnect(err)
 	}
 	b.status.State = hostv1.State_STATE_RUNNING
 	b.status.Phases = []*hostv1.Phase{{Name: "boot", Nanos: int64(time.Millisecond)}}
@@ -315,7 +405,8 @@ func (h *Host) AcknowledgeEnded(ctx context.Context, req *connect.Request[hostv1
 	return connect.NewResponse(&hostv1.AcknowledgeEndedResponse{}), nil
 }
 
-// SetDeadline implements the contract, but for enforcing it.
+// SetDeadline implements the contract, but for enforcing it; PauseIdle heeds what
+// it says of that.
 func (h *Host) SetDeadline(ctx context.Context, req *connect.Request[hostv1.SetDeadlineRequest]) (*connect.Response[hostv1.SetDeadlineResponse], error) {
 	if err := h.enter(ctx, "SetDeadline", req.Msg.GetId()); err != nil {
 		return nil, err
@@ -326,7 +417,15 @@ func (h *Host) SetDeadline(ctx context.Context, req *connect.Request[hostv1.SetD
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	b.status.Spec.Deadline = req.Msg.GetDeadline()
+	if err := b.callable(); err != nil {
+		return nil, hostapi.ToConnect(err)
+	}
+	if req.Msg.Deadline != nil {
+		b.status.Spec.Deadline = req.Msg.GetDeadline()
+	}
+	if req.Msg.AutoPauseNanos != nil {
+		b.status.Spec.AutoPauseNanos = req.Msg.GetAutoPauseNanos()
+	}
 	return connect.NewResponse(&hostv1.SetDeadlineResponse{}), nil
 }
 
@@ -373,5 +472,7 @@ func (h *Host) ListTemplates(ctx context.Context, _ *connect.Request[hostv1.List
 	if err := h.enter(ctx, "ListTemplates", ""); err != nil {
 		return nil, err
 	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	return connect.NewResponse(&hostv1.ListTemplatesResponse{Templates: h.templates}), nil
 }

@@ -14,6 +14,8 @@ import (
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
+var errStopping = sandbox.Errorf(sandbox.KindTransient, "the server is stopping")
+
 // flight is one destroy under way. There is at most one for a sandbox.
 type flight struct {
 	done chan struct{}
@@ -42,7 +44,7 @@ func (r *Reconciler) begin(row store.Sandbox, cause sandbox.Cause) *flight {
 	}
 	f := &flight{done: make(chan struct{})}
 	if r.closed {
-		f.err = sandbox.Errorf(sandbox.KindTransient, "the server is stopping")
+		f.err = errStopping
 		close(f.done)
 		return f
 	}

@@ -1,7 +1,8 @@
 // Package reconcile brings the database and the host's report together: it
-// records what ended on the host, goes on with what was being destroyed, gives
-// up creates that nobody works on any more, and marks sandboxes unreachable
-// while their host does not answer.
+// records what ended or paused on the host, goes on with what was being destroyed,
+// gives up creates that nobody works on any more, settles pauses and resumes whose
+// process died, does the same for snapshots, and marks sandboxes unreachable while
+// their host does not answer.
 //
 // It promises that a pass may run at any time, any number of times, beside
 // requests: every change is a compare-and-set on a row that was read before the
@@ -12,6 +13,7 @@ package reconcile
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -35,8 +37,11 @@ type Config struct {
 	Log      *slog.Logger     // nil: nothing is logged
 	Now      func() time.Time // nil: time.Now
 
-	// Owned says that a create of this process is under way. Nil: none is.
+	// Owned says that a create, a pause or a resume of this process is under way.
+	// Nil: none is.
 	Owned func(sandbox.ID) bool
+	// OwnedSnapshot says the same of making or deleting a snapshot.
+	OwnedSnapshot func(name string) bool
 	// Ended is told of every end that is recorded. It must not block.
 	Ended func(store.Sandbox)
 
@@ -46,6 +51,7 @@ type Config struct {
 	CreateLimit    time.Duration // of a create that nobody owns; 10 min
 	UnreachableFor time.Duration // silence after which sandboxes are unreachable; 10 s
 	AbsentFor      time.Duration // absence after which a sandbox is lost; 10 s
+	SettleFor      time.Duration // after which a pause or resume of which the host shows nothing has come to nothing; 10 s
 }
 
 func (c Config) withDefaults() Config {
@@ -57,6 +63,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.Owned == nil {
 		c.Owned = func(sandbox.ID) bool { return false }
+	}
+	if c.OwnedSnapshot == nil {
+		c.OwnedSnapshot = func(string) bool { return false }
 	}
 	if c.Ended == nil {
 		c.Ended = func(store.Sandbox) {}
@@ -71,6 +80,7 @@ func (c Config) withDefaults() Config {
 		{&c.CreateLimit, 10 * time.Minute},
 		{&c.UnreachableFor, 10 * time.Second},
 		{&c.AbsentFor, 10 * time.Second},
+		{&c.SettleFor, 10 * time.Second},
 	} {
 		if *d.field == 0 {
 			*d.field = d.value
@@ -88,13 +98,14 @@ type Reconciler struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
-	passMu sync.Mutex // one pass at a time; taken before mu
-
 	mu         sync.Mutex
 	closed     bool
-	lastAnswer time.Time                // of the host
-	absent     map[sandbox.ID]time.Time // since when an answering host does not name it
-	strangers  map[string]bool          // logged already
+	current    *turn           // the pass under way, if any
+	next       *turn           // the one that follows it, if somebody waits for that
+	lastAnswer time.Time       // of the host
+	absent     since           // an answering host does not name it
+	odd        since           // the host shows nothing of its pause or resume
+	strangers  map[string]bool // logged already
 	flights    map[sandbox.ID]*flight
 }
 
@@ -103,7 +114,8 @@ func New(cfg Config) *Reconciler {
 	r := &Reconciler{
 		cfg:       cfg.withDefaults(),
 		kick:      make(chan struct{}, 1),
-		absent:    map[sandbox.ID]time.Time{},
+		absent:    since{},
+		odd:       since{},
 		strangers: map[string]bool{},
 		flights:   map[sandbox.ID]*flight{},
 	}
@@ -185,11 +197,9 @@ func live() []sandbox.State {
 	return out
 }
 
-// pass reads the rows before it asks the host, so that a sandbox that appears
+// onePass reads the rows before it asks the host, so that a sandbox that appears
 // in between is never taken for a lost one.
-func (r *Reconciler) pass(ctx context.Context) error {
-	r.passMu.Lock()
-	defer r.passMu.Unlock()
+func (r *Reconciler) onePass(ctx context.Context) error {
 	rows, err := r.cfg.Store.Sandboxes(ctx, store.Filter{States: live(), Host: r.cfg.HostName})
 	if err != nil {
 		return err
@@ -199,6 +209,7 @@ func (r *Reconciler) pass(ctx context.Context) error {
 		r.silent(ctx, rows)
 		return fmt.Errorf("list the host's sandboxes: %w", err)
 	}
+	r.forgetStrangers(reports)
 	var done []string
 	for _, row := range rows {
 		status := reports[string(row.ID)]
@@ -207,13 +218,13 @@ func (r *Reconciler) pass(ctx context.Context) error {
 			done = append(done, string(row.ID))
 		}
 	}
-	r.forgetAbsent(rows)
+	r.forgetTimes(rows)
 	for id, status := range reports {
 		if r.leftOver(ctx, id, status) {
 			done = append(done, id)
 		}
 	}
-	return r.acknowledge(ctx, done)
+	return errors.Join(r.acknowledge(ctx, done), r.settleSnapshots(ctx))
 }
 
 func (r *Reconciler) ask(ctx context.Context) (map[string]*hostv1.SandboxStatus, error) {
@@ -243,8 +254,14 @@ func (r *Reconciler) silent(ctx context.Context, rows []store.Sandbox) {
 		return
 	}
 	for _, row := range rows {
-		if row.State != sandbox.Running {
-			continue // what is under way has an owner that gets the host's error itself
+		switch {
+		case row.State == sandbox.Running:
+		case row.State == sandbox.Pausing || row.State == sandbox.Resuming:
+			if r.cfg.Owned(row.ID) || r.cfg.Now().Before(row.Until) {
+				continue // it has an owner, who gets the host's error itself
+			}
+		default:
+			continue // a paused one needs no host until it is resumed
 		}
 		_, err := r.cfg.Store.SetState(ctx, row, sandbox.Unreachable)
 		r.note(row, sandbox.Unreachable, err)
@@ -256,31 +273,51 @@ func (r *Reconciler) settle(ctx context.Context, row store.Sandbox, status *host
 	now := r.cfg.Now()
 	v := Decide(row, status, Facts{
 		Owned: r.cfg.Owned(row.ID), Age: now.Sub(row.CreatedAt), CreateLong: r.cfg.CreateLimit,
-		Absent: r.absentFor(row.ID, status == nil, now), AbsentLong: r.cfg.AbsentFor,
+		Absent: r.timeSince(r.absent, row.ID, status == nil, now), AbsentLong: r.cfg.AbsentFor,
+		Odd: r.timeSince(r.odd, row.ID, odd(row.State, status), now), OddLong: r.cfg.SettleFor,
 	})
 	switch v.Do {
 	case End:
 		return r.record(ctx, row, v) == nil
 	case MakeRunning:
-		_, err := r.makeRunning(ctx, row, v.At)
+		_, err := r.cfg.Store.Runs(ctx, row, store.Run{Deadline: v.At, Start: v.Start})
 		r.note(row, sandbox.Running, err)
+	case MakePaused:
+		_, err := r.cfg.Store.Paused(ctx, row, v.Pause)
+		r.note(row, sandbox.Paused, err)
+	case StillPaused:
+		_, err := r.cfg.Store.StillPaused(ctx, row)
+		r.note(row, sandbox.Paused, err)
+	case NoteSaved:
+		r.noteSaved(ctx, row, v)
 	case MoveDeadline:
 		if _, err := r.cfg.Store.SetDeadline(ctx, row, v.At); err != nil {
 			r.note(row, row.State, err)
 		}
+	case NoteFrozen:
+		r.noteFrozen(ctx, row, v.Frozen)
 	case Destroy:
 		r.begin(row, v.Cause)
 	}
 	return false
 }
 
-// makeRunning records with the state the deadline that the host keeps, if the
-// row has none yet: nobody sees a running sandbox without one.
-func (r *Reconciler) makeRunning(ctx context.Context, row store.Sandbox, deadline time.Time) (store.Sandbox, error) {
-	if deadline.IsZero() {
-		return r.cfg.Store.SetState(ctx, row, sandbox.Running)
+func (r *Reconciler) noteFrozen(ctx context.Context, row store.Sandbox, why sandbox.Freeze) {
+	if _, err := r.cfg.Store.SetFrozen(ctx, row, why); err != nil {
+		r.note(row, row.State, err)
+		return
 	}
-	return r.cfg.Store.Running(ctx, row, deadline)
+	r.cfg.Log.Info("frozen or thawed", "sandbox", row.ID, "host", row.Host, "op", "reconcile", "frozen", why)
+}
+
+func (r *Reconciler) noteSaved(ctx context.Context, row store.Sandbox, v Verdict) {
+	if _, err := r.cfg.Store.SetSaved(ctx, row, v.Pause.Saved, v.PauseError); err != nil {
+		r.note(row, row.State, err)
+		return
+	}
+	if v.PauseError != "" && v.PauseError != row.PauseError {
+		r.cfg.Log.Warn("automatic pause failed", "sandbox", row.ID, "host", row.Host, "op", "reconcile", "err", v.PauseError)
+	}
 }
 
 func (r *Reconciler) record(ctx context.Context, row store.Sandbox, v Verdict) error {
@@ -308,31 +345,37 @@ func (r *Reconciler) note(row store.Sandbox, to sandbox.State, err error) {
 	}
 }
 
-func (r *Reconciler) absentFor(id sandbox.ID, absent bool, now time.Time) time.Duration {
+// since says for each sandbox since when something is so.
+type since map[sandbox.ID]time.Time
+
+// timeSince says for how long something has been so without a break.
+func (r *Reconciler) timeSince(of since, id sandbox.ID, so bool, now time.Time) time.Duration {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if !absent {
-		delete(r.absent, id)
+	if !so {
+		delete(of, id)
 		return 0
 	}
-	since, ok := r.absent[id]
+	first, ok := of[id]
 	if !ok {
-		r.absent[id] = now
+		of[id] = now
 		return 0
 	}
-	return now.Sub(since)
+	return now.Sub(first)
 }
 
-func (r *Reconciler) forgetAbsent(rows []store.Sandbox) {
+func (r *Reconciler) forgetTimes(rows []store.Sandbox) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	known := map[sandbox.ID]bool{}
 	for _, row := range rows {
 		known[row.ID] = true
 	}
-	for id := range r.absent {
-		if !known[id] {
-			delete(r.absent, id)
+	for _, of := range []since{r.absent, r.odd} {
+		for id := range of {
+			if !known[id] {
+				delete(of, id)
+			}
 		}
 	}
 }
@@ -367,6 +410,17 @@ func (r *Reconciler) stranger(id string, status *hostv1.SandboxStatus) {
 	if !known {
 		r.cfg.Log.Warn("the host has a sandbox that the database does not know; it is left alone",
 			"sandbox", id, "host", r.cfg.HostName, "state", status.GetState())
+	}
+}
+
+// forgetStrangers drops those that the host no longer has.
+func (r *Reconciler) forgetStrangers(reports map[string]*hostv1.SandboxStatus) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for id := range r.strangers {
+		if reports[id] == nil {
+			delete(r.strangers, id)
+		}
 	}
 }
 

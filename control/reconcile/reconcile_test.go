@@ -2,7 +2,11 @@ package reconcile_test
 
 import (
 	"context"
+	"errors"
+	"io"
+	"log/slog"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -12,6 +16,7 @@ import (
 	"github.com/dormouse-sandbox/dormouse/control/reconcile"
 	"github.com/dormouse-sandbox/dormouse/control/store"
 	hostv1 "github.com/dormouse-sandbox/dormouse/host/hostapi/gen/dormouse/host/v1"
+	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
@@ -23,16 +28,18 @@ type world struct {
 	now  time.Time
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t *testing.T, change ...func(*reconcile.Config)) *world {
 	t.Helper()
 	db, err := store.OpenSQLite(t.Context(), filepath.Join(t.TempDir(), "db"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	w := &world{t: t, host: hostfake.New(), db: db, now: time.Now()}
-	w.r = reconcile.New(reconcile.Config{
-		Host: w.host.Serve(t), HostName: "h", Store: db, Now: func() time.Time { return w.now },
-	})
+	cfg := reconcile.Config{Host: w.host.Serve(t), HostName: "h", Store: db, Now: func() time.Time { return w.now }}
+	for _, fn := range change {
+		fn(&cfg)
+	}
+	w.r = reconcile.New(cfg)
 	t.Cleanup(func() {
 		if err := w.r.Close(); err != nil {
 			t.Error(err)
@@ -60,6 +67,18 @@ func (w *world) put(state sandbox.State, host hostv1.State) sandbox.ID {
 		_, err = w.db.End(w.t.Context(), s, sandbox.CauseUser, "", w.now)
 	case sandbox.Destroying:
 		_, err = w.db.Destroying(w.t.Context(), s, sandbox.CauseUser)
+	case sandbox.Pausing, sandbox.Paused, sandbox.Resuming:
+		if s, err = w.db.Paused(w.t.Context(), s, store.Pause{At: w.now, Reason: sandbox.PauseUser}); err != nil || state == sandbox.Paused {
+			break
+		}
+		work := store.Work{Owner: "dead", Until: w.now.Add(time.Minute)}
+		if state == sandbox.Resuming {
+			_, err = w.db.Begin(w.t.Context(), s, state, work)
+			break
+		}
+		if s, err = w.db.Running(w.t.Context(), s, w.now.Add(time.Hour)); err == nil {
+			_, err = w.db.Begin(w.t.Context(), s, state, work)
+		}
 	default:
 		_, err = w.db.SetState(w.t.Context(), s, state)
 	}
@@ -193,5 +212,187 @@ func TestARowOfAnotherHostIsNotOurs(t *testing.T) {
 	w.once()
 	if got := w.state(s.ID); got != sandbox.Creating {
 		t.Errorf("it is %s", got)
+	}
+}
+
+// waiter is a context that says when somebody waits for its end.
+type waiter struct {
+	context.Context
+	waits chan struct{} // buffered
+}
+
+func (w waiter) Done() <-chan struct{} {
+	w.waits <- struct{}{}
+	return w.Context.Done()
+}
+
+func TestAHostThatHangsHoldsNobody(t *testing.T) {
+	w := newWorld(t)
+	release := make(chan struct{})
+	w.host.SetHook(func(ctx context.Context, method, _ string) error {
+		if method == "ListSandboxes" {
+			select {
+			case <-release:
+			case <-ctx.Done():
+			}
+		}
+		return nil
+	})
+	first := make(chan error, 1)
+	go func() { first <- w.r.Check(t.Context()) }()
+	testkit.Eventually(t, 10*time.Second, "asked", func() bool { return w.host.Count("ListSandboxes") == 1 })
+
+	const callers = 10
+	check := func(ctx context.Context) <-chan error {
+		waits, errs := make(chan struct{}, 10*callers), make(chan error, callers)
+		for range callers {
+			go func() { errs <- w.r.Check(waiter{ctx, waits}) }()
+		}
+		for range callers {
+			<-waits
+		}
+		return errs
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	gone := check(ctx)
+	cancel()
+	for range callers {
+		if err := <-gone; !errors.Is(err, context.Canceled) {
+			t.Errorf("a caller that does not wait got %v", err)
+		}
+	}
+
+	id := w.put(sandbox.Running, hostv1.State_STATE_ENDED) // after the pass under way has read the rows
+	stay := check(t.Context())
+	close(release)
+	for range callers {
+		if err := <-stay; err != nil {
+			t.Errorf("a caller that waits got %v", err)
+		}
+	}
+	if got := w.state(id); got != sandbox.Failed {
+		t.Errorf("what ended before the call is %s after it", got)
+	}
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+	if got := w.host.Count("ListSandboxes"); got != 2 {
+		t.Errorf("%d callers made %d passes, want 2", 2*callers+1, got)
+	}
+	if err := w.r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.r.Check(t.Context()); !sandbox.Is(err, sandbox.KindTransient) {
+		t.Errorf("after Close: %v", err)
+	}
+}
+
+// counter counts the log's warnings.
+type counter struct {
+	slog.Handler
+	warnings *atomic.Int64
+}
+
+func (c counter) Handle(_ context.Context, rec slog.Record) error {
+	if rec.Level == slog.LevelWarn {
+		c.warnings.Add(1)
+	}
+	return nil
+}
+
+func TestAStrangerIsForgottenWithTheHost(t *testing.T) {
+	var warnings atomic.Int64
+	w := newWorld(t, func(c *reconcile.Config) {
+		c.Log = slog.New(counter{slog.NewTextHandler(io.Discard, nil), &warnings})
+	})
+	stranger := func() *hostv1.SandboxStatus {
+		return &hostv1.SandboxStatus{Spec: &hostv1.SandboxSpec{Id: "aaaaaaaaaaaaaaaaaaaaaaaa"}, State: hostv1.State_STATE_RUNNING}
+	}
+	w.host.Plant(stranger())
+	w.once()
+	w.once()
+	if got := warnings.Load(); got != 1 {
+		t.Errorf("one stranger was logged %d times", got)
+	}
+	w.host.Forget()
+	w.once()
+	w.host.Plant(stranger())
+	w.once()
+	if got := warnings.Load(); got != 2 {
+		t.Errorf("a stranger that came back was remembered: %d lines, want 2", got)
+	}
+}
+
+// TestStuckChangesAreSettled from what the host says, and a second pass has nothing
+// left to do.
+func TestStuckChangesAreSettled(t *testing.T) {
+	w := newWorld(t)
+	want := map[sandbox.ID]sandbox.State{
+		w.put(sandbox.Pausing, hostv1.State_STATE_PAUSED):     sandbox.Paused,
+		w.put(sandbox.Pausing, hostv1.State_STATE_RUNNING):    sandbox.Running,
+		w.put(sandbox.Pausing, hostv1.State_STATE_PAUSING):    sandbox.Pausing,
+		w.put(sandbox.Pausing, hostv1.State_STATE_ENDED):      sandbox.Failed,
+		w.put(sandbox.Pausing, 0):                             sandbox.Failed,
+		w.put(sandbox.Resuming, hostv1.State_STATE_RUNNING):   sandbox.Running,
+		w.put(sandbox.Resuming, hostv1.State_STATE_PAUSED):    sandbox.Paused,
+		w.put(sandbox.Resuming, hostv1.State_STATE_RESUMING):  sandbox.Resuming,
+		w.put(sandbox.Resuming, hostv1.State_STATE_ENDED):     sandbox.Failed,
+		w.put(sandbox.Resuming, 0):                            sandbox.Paused,
+		w.put(sandbox.Paused, 0):                              sandbox.Paused,
+		w.put(sandbox.Paused, hostv1.State_STATE_PAUSED):      sandbox.Paused,
+		w.put(sandbox.Paused, hostv1.State_STATE_RUNNING):     sandbox.Running,
+		w.put(sandbox.Running, hostv1.State_STATE_PAUSED):     sandbox.Paused,
+		w.put(sandbox.Unreachable, hostv1.State_STATE_PAUSED): sandbox.Paused,
+		w.put(sandbox.Creating, hostv1.State_STATE_PAUSED):    sandbox.Paused,
+	}
+	w.once() // nobody may be about to ask the host just now
+	w.now = w.now.Add(11 * time.Second)
+	w.once()
+	for id, state := range want {
+		if got := w.state(id); got != state {
+			t.Errorf("%s is %s, want %s", id, got, state)
+		}
+	}
+	before, err := w.db.Sandboxes(t.Context(), store.Filter{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 10 {
+		w.now = w.now.Add(time.Minute)
+		w.once()
+	}
+	after, err := w.db.Sandboxes(t.Context(), store.Filter{})
+	if diff := cmp.Diff(before, after); diff != "" || err != nil {
+		t.Errorf("ten more passes changed, %v (-before +after):\n%s", err, diff)
+	}
+	if n := w.host.Count("DestroySandbox"); n > 0 {
+		t.Errorf("the host was asked to destroy %d times", n)
+	}
+}
+
+// TestASilentHostAndChanges: what is under way is unreachable when its time is
+// over, and what is paused is paused.
+func TestASilentHostAndChanges(t *testing.T) {
+	w := newWorld(t)
+	pausing, resuming := w.put(sandbox.Pausing, hostv1.State_STATE_PAUSED), w.put(sandbox.Resuming, hostv1.State_STATE_RUNNING)
+	paused := w.put(sandbox.Paused, hostv1.State_STATE_PAUSED)
+	w.host.SetHook(func(context.Context, string, string) error { return sandbox.Errorf(sandbox.KindTransient, "no route") })
+	for _, tt := range []struct {
+		after time.Duration
+		want  []sandbox.State
+	}{
+		{30 * time.Second, []sandbox.State{sandbox.Pausing, sandbox.Resuming, sandbox.Paused}},
+		{30 * 24 * time.Hour, []sandbox.State{sandbox.Unreachable, sandbox.Unreachable, sandbox.Paused}},
+	} {
+		w.now = w.now.Add(tt.after)
+		_ = w.r.Once(t.Context()) // the host's error
+		if diff := cmp.Diff(tt.want, []sandbox.State{w.state(pausing), w.state(resuming), w.state(paused)}); diff != "" {
+			t.Errorf("after %v of silence (-want +got):\n%s", tt.after, diff)
+		}
+	}
+	w.host.SetHook(nil)
+	w.once()
+	if diff := cmp.Diff([]sandbox.State{sandbox.Paused, sandbox.Running, sandbox.Paused}, []sandbox.State{w.state(pausing), w.state(resuming), w.state(paused)}); diff != "" {
+		t.Errorf("after the silence (-want +got):\n%s", diff)
 	}
 }

@@ -75,8 +75,14 @@ const restLimit = 2 * time.Second
 // writeText answers with JSON. Before the first byte net/http reads what is left
 // of the request's body, without a limit of its own: a client that announces one
 // and does not send it would keep the connection for ever, and it needs no key.
+// Where nothing is left there is no limit to set: net/http waits in the background
+// for the next request then, takes a deadline that passes meanwhile for the end of
+// the client, and gives all later requests of the connection a context that has
+// ended.
 func writeText(w http.ResponseWriter, status int, text []byte) {
-	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(restLimit)) // tests' recorders have no connection
+	if unread(w) {
+		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(restLimit)) // tests' recorders have no connection
+	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	_, _ = w.Write(text) // a client that went away is nobody's error

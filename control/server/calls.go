@@ -11,19 +11,26 @@ import (
 )
 
 // calls are the calls into sandboxes that are under way, so that they end when
-// their sandbox or the server does, whatever the host does.
+// their sandbox, their API key or the server does, whatever the host does.
 type calls struct {
 	wg sync.WaitGroup
 
 	mu      sync.Mutex
 	stopped error
-	cancels map[sandbox.ID]map[*context.CancelCauseFunc]struct{}
+	open    map[*call]struct{}
 }
 
-func (c *calls) init() { c.cancels = map[sandbox.ID]map[*context.CancelCauseFunc]struct{}{} }
+// call is one of them.
+type call struct {
+	id     sandbox.ID
+	key    string // the ID of the API key; empty: a connection that several calls share
+	cancel context.CancelCauseFunc
+}
 
-// begin ties a call to its sandbox. The caller must call done.
-func (c *calls) begin(parent context.Context, id sandbox.ID) (ctx context.Context, done func(), err error) {
+func (c *calls) init() { c.open = map[*call]struct{}{} }
+
+// begin ties a call to its sandbox and its key. The caller must call done.
+func (c *calls) begin(parent context.Context, key string, id sandbox.ID) (ctx context.Context, done func(), err error) {
 	ctx, cancel := context.WithCancelCause(parent)
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -31,62 +38,96 @@ func (c *calls) begin(parent context.Context, id sandbox.ID) (ctx context.Contex
 		cancel(c.stopped)
 		return nil, nil, c.stopped
 	}
-	if c.cancels[id] == nil {
-		c.cancels[id] = map[*context.CancelCauseFunc]struct{}{}
-	}
-	c.cancels[id][&cancel] = struct{}{}
+	one := &call{id, key, cancel}
+	c.open[one] = struct{}{}
 	c.wg.Add(1)
 	return ctx, func() {
 		cancel(nil)
 		c.mu.Lock()
-		delete(c.cancels[id], &cancel)
-		if len(c.cancels[id]) == 0 {
-			delete(c.cancels, id)
-		}
+		delete(c.open, one)
 		c.mu.Unlock()
 		c.wg.Done()
 	}, nil
 }
 
-// end cancels every call into a sandbox, with the reason.
-func (c *calls) end(id sandbox.ID, why error) {
+// end cancels every call that matches, with the reason.
+func (c *calls) end(why error, matches func(*call) bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for cancel := range c.cancels[id] {
-		(*cancel)(why)
+	for one := range c.open {
+		if matches(one) {
+			one.cancel(why)
+		}
 	}
 }
 
 // close cancels every call and lets no new one begin.
 func (c *calls) close(why error) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	c.stopped = why
-	for _, all := range c.cancels {
-		for cancel := range all {
-			(*cancel)(why)
-		}
-	}
+	c.mu.Unlock()
+	c.end(why, func(*call) bool { return true })
 }
 
 func (c *calls) wait() { c.wg.Wait() }
 
-// enter checks that a sandbox can be called and ties the call to it. The row is
-// read after the call is on the list, so that an end in between is not missed.
+func (c *calls) any() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.open) > 0
+}
+
+// enter sees to it that a sandbox can be called, resuming it if need be, and ties
+// the call to it, and to the key in the context. The row is read after the call is
+// on the list, so that an end in between is not missed.
 func (s *Server) enter(parent context.Context, id sandbox.ID) (context.Context, func(), error) {
-	ctx, done, err := s.calls.begin(parent, id)
+	ctx, done, _, err := s.enterRow(parent, id)
+	return ctx, done, err
+}
+
+// enterRow is enter, for those who want to know more of the sandbox.
+func (s *Server) enterRow(parent context.Context, id sandbox.ID) (context.Context, func(), store.Sandbox, error) {
+	return s.enterIf(parent, id, s.awake)
+}
+
+// enterIf is enterRow with a condition of the caller's own.
+func (s *Server) enterIf(parent context.Context, id sandbox.ID, may func(context.Context, sandbox.ID) (store.Sandbox, error)) (context.Context, func(), store.Sandbox, error) {
+	ctx, done, err := s.calls.begin(parent, askingKey(parent).ID, id)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, store.Sandbox{}, err
 	}
+	row, err := may(ctx, id)
+	if err != nil {
+		if why := whyEnded(ctx); why != nil {
+			err = why
+		}
+		done()
+		return nil, nil, row, err
+	}
+	return ctx, done, row, nil
+}
+
+// running is the condition of calls that only look: they wake nobody.
+func (s *Server) running(ctx context.Context, id sandbox.ID) (store.Sandbox, error) {
 	row, err := s.cfg.Store.Sandbox(ctx, id)
 	if err == nil {
 		err = callable(row)
 	}
-	if err != nil {
-		done()
-		return nil, nil, err
+	return row, err
+}
+
+// there is the condition of calls that do not reach into the sandbox.
+func (s *Server) there(ctx context.Context, id sandbox.ID) (store.Sandbox, error) {
+	row, err := s.cfg.Store.Sandbox(ctx, id)
+	if err == nil && !asleep(row.State) {
+		err = callable(row)
 	}
-	return ctx, done, nil
+	return row, err
+}
+
+// asleep says of a state that a call brings the sandbox back from it.
+func asleep(s sandbox.State) bool {
+	return s == sandbox.Pausing || s == sandbox.Paused || s == sandbox.Resuming
 }
 
 // callable says why a sandbox cannot be called now.
@@ -96,6 +137,8 @@ func callable(row store.Sandbox) error {
 		return nil
 	case row.State.Ended():
 		return endedError(row)
+	case row.State == sandbox.Paused:
+		return pausedError(row)
 	case row.State == sandbox.Unreachable:
 		return sandbox.Errorf(sandbox.KindTransient, "sandbox %s is unreachable: its host does not answer", row.ID)
 	}
@@ -118,7 +161,7 @@ func (s *Server) hostError(ctx context.Context, id sandbox.ID, err error) error 
 	}
 	err = hostapi.FromConnect(err)
 	switch sandbox.KindOf(err) {
-	case sandbox.KindNotFound, sandbox.KindConflict, sandbox.KindTransient, sandbox.KindInternal:
+	case sandbox.KindNotFound, sandbox.KindConflict, sandbox.KindPaused, sandbox.KindTransient, sandbox.KindInternal:
 	default:
 		return err
 	}
@@ -131,15 +174,19 @@ func (s *Server) hostError(ctx context.Context, id sandbox.ID, err error) error 
 	if s.reconciler.Check(look) != nil {
 		return err // the host does not answer, which is what err says already
 	}
-	if row, rowErr := s.cfg.Store.Sandbox(look, id); rowErr == nil && row.State.Ended() {
+	switch row, rowErr := s.cfg.Store.Sandbox(look, id); {
+	case rowErr == nil && row.State.Ended():
 		return endedError(row)
+	case rowErr == nil && sandbox.Is(err, sandbox.KindPaused):
+		return pausedError(row)
 	}
 	return err
 }
 
 // whyEnded is the reason for which a call was ended from here, if it was.
 func whyEnded(ctx context.Context) error {
-	if cause := context.Cause(ctx); cause != nil && sandbox.Is(cause, sandbox.KindConflict) {
+	cause := context.Cause(ctx)
+	if sandbox.Is(cause, sandbox.KindConflict) || sandbox.Is(cause, sandbox.KindUnauthorized) {
 		return cause
 	}
 	return nil

@@ -17,6 +17,10 @@ func sandboxOut(s store.Sandbox) api.Sandbox {
 		Metadata: s.Metadata, Network: api.Network{Internet: s.Spec.Network.Internet},
 		CreatedAt: s.CreatedAt, Deadline: optional(s.Deadline), EndedAt: optional(s.EndedAt),
 		Cause: string(s.Cause), CauseDetail: s.CauseDetail,
+		Frozen:         string(s.Frozen),
+		TimeoutSeconds: s.Timeout.Seconds(), AutoPauseSeconds: s.AutoPause.Seconds(), AutoResume: s.AutoResume,
+		Saved: savedOut(s.Saved), PausedAt: optional(s.PausedAt), PauseReason: string(s.PauseReason), AutoPauseError: s.PauseError,
+		StartedBy: string(s.Start), ForkedFrom: string(s.ForkedFrom),
 	}
 }
 
@@ -31,7 +35,7 @@ func specOut(s store.Sandbox, deadline time.Time) *hostv1.SandboxSpec {
 	return &hostv1.SandboxSpec{
 		Id: string(s.ID), Template: s.Spec.Template, Vcpus: uint32(s.Spec.VCPUs), MemMib: uint32(s.Spec.MemMiB),
 		DiskMib: uint32(s.Spec.DiskMiB), Env: s.Spec.Env, Network: &hostv1.NetworkPolicy{Internet: s.Spec.Network.Internet},
-		Deadline: timestamppb.New(deadline), Hostname: string(s.ID),
+		Deadline: timestamppb.New(deadline), Hostname: string(s.ID), AutoPauseNanos: int64(s.AutoPause),
 	}
 }
 

@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/dormouse-sandbox/dormouse/api"
 	"github.com/dormouse-sandbox/dormouse/control/place"
@@ -43,8 +42,6 @@ type creates struct {
 
 func (c *creates) init() { c.byID = map[sandbox.ID]*creation{} }
 
-func (c *creates) underWay(id sandbox.ID) bool { return c.find(id) != nil }
-
 func (c *creates) find(id sandbox.ID) *creation {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -70,10 +67,6 @@ func (s *Server) createSandbox(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	row, timeout, err := s.wanted(req)
-	if err != nil {
-		return err
-	}
 	idem, err := idempotency(r, req)
 	if err != nil {
 		return err
@@ -87,10 +80,11 @@ func (s *Server) createSandbox(w http.ResponseWriter, r *http.Request) error {
 			return s.answerCreate(w, r, s.creates.find(earlier.ID), earlier.ID, http.StatusOK)
 		}
 	}
-	if err := s.choose(r.Context(), row.Spec); err != nil {
+	row, err := s.wanted(r.Context(), req)
+	if err != nil {
 		return err
 	}
-	c, id, err := s.begin(r.Context(), row, idem, timeout)
+	c, id, err := s.begin(r.Context(), row, idem, req.Start != nil && !*req.Start)
 	if err != nil {
 		return err
 	}
@@ -136,28 +130,75 @@ func readCreate(w http.ResponseWriter, r *http.Request) (api.CreateSandbox, erro
 }
 
 // wanted checks a request and makes the row of it.
-func (s *Server) wanted(req api.CreateSandbox) (store.Sandbox, time.Duration, error) {
-	spec := sandbox.Spec{
-		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: req.DiskMiB, Env: req.Env,
-		Network: sandbox.Network{Internet: req.Network == nil || req.Network.Internet},
-	}.WithDefaults()
-	if err := spec.Check(); err != nil {
-		return store.Sandbox{}, 0, err
+func (s *Server) wanted(ctx context.Context, req api.CreateSandbox) (store.Sandbox, error) {
+	row := store.Sandbox{
+		ID: sandbox.NewID(), State: sandbox.Creating, Host: s.cfg.HostName, Metadata: req.Metadata, CreatedAt: s.cfg.Now(),
+		AutoResume: req.AutoResume == nil || *req.AutoResume, Timeout: sandbox.DefaultTimeout,
+		Spec: sandbox.Spec{
+			Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: req.DiskMiB, Env: req.Env,
+			Network: sandbox.Network{Internet: req.Network == nil || req.Network.Internet},
+		},
 	}
-	if err := sandbox.CheckMetadata(req.Metadata); err != nil {
-		return store.Sandbox{}, 0, err
+	var err error
+	if row.AutoPause, err = autoPause(req.AutoPauseSeconds); err != nil {
+		return row, err
 	}
-	timeout := sandbox.DefaultTimeout
+	if row.AutoPause > 0 { // it costs little while nobody uses it, and should be there when somebody does
+		row.Timeout = sandbox.MaxTimeout
+	}
 	if req.TimeoutSeconds != nil {
-		var err error
-		if timeout, err = seconds("timeout_seconds", *req.TimeoutSeconds, sandbox.MinTimeout, sandbox.MaxTimeout); err != nil {
-			return store.Sandbox{}, 0, err
+		if row.Timeout, err = seconds("timeout_seconds", *req.TimeoutSeconds, sandbox.MinTimeout, sandbox.MaxTimeout); err != nil {
+			return row, err
 		}
 	}
-	return store.Sandbox{
-		ID: sandbox.NewID(), State: sandbox.Creating, Host: s.cfg.HostName, Spec: spec,
-		Metadata: req.Metadata, CreatedAt: s.cfg.Now(),
-	}, timeout, nil
+	if err := sandbox.CheckMetadata(req.Metadata); err != nil {
+		return row, err
+	}
+	if req.Template != "" {
+		if err := sandbox.SafeName("template", req.Template); err != nil {
+			return row, err
+		}
+	}
+	locked, err := s.fromSnapshot(ctx, &row.Spec)
+	if err != nil {
+		return row, err
+	}
+	row.Spec = row.Spec.WithDefaults()
+	if err := row.Spec.Check(); err != nil {
+		return row, err
+	}
+	return row, s.choose(ctx, row.Spec, locked)
+}
+
+// fromSnapshot gives a spec the shape of its snapshot, if its template is one. That
+// is locked: a memory that was saved fits no other.
+func (s *Server) fromSnapshot(ctx context.Context, spec *sandbox.Spec) (locked bool, _ error) {
+	snap, err := s.cfg.Store.Snapshot(ctx, spec.Template)
+	if sandbox.Is(err, sandbox.KindNotFound) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	if snap.State != sandbox.SnapshotReady {
+		return true, snapshotBusy(snap)
+	}
+	for _, figure := range []struct {
+		name, unit string
+		asked      *int
+		has        int
+	}{
+		{"vcpus", "", &spec.VCPUs, snap.VCPUs},
+		{"mem_mib", " MiB", &spec.MemMiB, snap.MemMiB},
+		{"disk_mib", " MiB", &spec.DiskMiB, snap.DiskMiB},
+	} {
+		if *figure.asked != 0 && *figure.asked != figure.has {
+			return true, sandbox.Errorf(sandbox.KindInvalid, "%s is %d, snapshot %s was taken with %d%s, which cannot be changed",
+				figure.name, *figure.asked, snap.Name, figure.has, figure.unit)
+		}
+		*figure.asked = figure.has
+	}
+	return true, nil
 }
 
 // seconds turns a number from outside into a duration within bounds.
@@ -170,7 +211,7 @@ func seconds(what string, n float64, least, most time.Duration) (time.Duration, 
 
 // idempotency reads the key, if there is one. The hash is of the request as it
 // was understood, so that spacing and the order of fields do not matter.
-func idempotency(r *http.Request, req api.CreateSandbox) (*store.Idempotency, error) {
+func idempotency(r *http.Request, req any) (*store.Idempotency, error) {
 	key := r.Header.Get(api.HeaderIdempotencyKey)
 	if key == "" {
 		return nil, nil
@@ -187,12 +228,12 @@ func idempotency(r *http.Request, req api.CreateSandbox) (*store.Idempotency, er
 		return nil, fmt.Errorf("encode request: %w", err)
 	}
 	sum := sha256.Sum256(b)
-	return &store.Idempotency{Owner: askingKey(r).ID, Key: key, Hash: sum[:], TTL: idempotencyTTL}, nil
+	return &store.Idempotency{Owner: askingKey(r.Context()).ID, Key: key, Hash: sum[:], TTL: idempotencyTTL}, nil
 }
 
 // choose asks the host what it has, and refuses early and clearly what cannot
-// be. The host checks again.
-func (s *Server) choose(ctx context.Context, spec sandbox.Spec) error {
+// be. The host checks again. The template may be known to be there.
+func (s *Server) choose(ctx context.Context, spec sandbox.Spec, known bool) error {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.CallLimit)
 	defer cancel()
 	if err := fault.Point(ctx, "control/create/place"); err != nil {
@@ -206,18 +247,27 @@ func (s *Server) choose(ctx context.Context, spec sandbox.Spec) error {
 		Name: s.cfg.HostName, MemTotalMiB: int(h.Msg.GetMemTotalMib()), MemCommittedMiB: int(h.Msg.GetMemCommittedMib()),
 		Sandboxes: int(h.Msg.GetSandboxes()), MaxSandboxes: int(h.Msg.GetMaxSandboxes()),
 	}}, spec)
-	if err != nil {
+	if err != nil || known {
 		return err
 	}
 	t, err := s.cfg.Host.ListTemplates(ctx, connect.NewRequest(&hostv1.ListTemplatesRequest{}))
 	if err != nil {
 		return fmt.Errorf("ask the host: %w", hostapi.FromConnect(err))
 	}
-	return checkTemplate(t.Msg.GetTemplates(), spec)
+	snaps, err := s.cfg.Store.Snapshots(ctx, s.cfg.HostName)
+	if err != nil {
+		return err
+	}
+	var names []string
+	for _, snap := range snaps {
+		names = append(names, snap.Name)
+	}
+	return checkTemplate(t.Msg.GetTemplates(), names, spec)
 }
 
-func checkTemplate(have []*hostv1.Template, spec sandbox.Spec) error {
-	var names []string
+// checkTemplate finds a spec's image among those of a host; names are what other
+// templates there are.
+func checkTemplate(have []*hostv1.Template, names []string, spec sandbox.Spec) error {
 	for _, t := range have {
 		if t.GetName() == spec.Template {
 			if least := int(t.GetMinDiskMib()); spec.DiskMiB < least {
@@ -242,7 +292,8 @@ func checkTemplate(have []*hostv1.Template, spec sandbox.Spec) error {
 // depend on the request. The registration comes first: a row in state creating
 // that nobody owns is the reconciler's. When the idempotency key turns out to be
 // in use it starts nothing and returns that sandbox's ID.
-func (s *Server) begin(ctx context.Context, row store.Sandbox, idem *store.Idempotency, timeout time.Duration) (*creation, sandbox.ID, error) {
+func (s *Server) begin(ctx context.Context, row store.Sandbox, idem *store.Idempotency, noStart bool) (*creation, sandbox.ID, error) {
+	row.Work = store.Work{Owner: s.owner, Until: row.CreatedAt.Add(s.cfg.CreateLimit)}
 	life, cancel := context.WithCancelCause(s.ctx)
 	c := &creation{cancel: cancel, done: make(chan struct{})}
 	s.creates.mu.Lock()
@@ -265,7 +316,7 @@ func (s *Server) begin(ctx context.Context, row store.Sandbox, idem *store.Idemp
 	go func() {
 		defer s.wg.Done()
 		defer cancel(nil)
-		c.row, c.phases, c.err = s.create(life, got, timeout)
+		c.row, c.phases, c.err = s.create(life, got, noStart)
 		s.creates.remove(row.ID)
 		close(c.done)
 		s.reconciler.Kick() // the host's record of a failure can be acknowledged
@@ -296,7 +347,7 @@ func (s *Server) outcome(ctx context.Context, c *creation, id sandbox.ID) (store
 			return store.Sandbox{}, nil, ctx.Err() // nobody reads this answer; the create goes on
 		}
 	}
-	row, err := s.settled(ctx, id)
+	row, err := s.afterwards(ctx, id, sandbox.Creating) // another process runs it, or ran it
 	if err != nil {
 		return store.Sandbox{}, nil, err
 	}
@@ -306,32 +357,15 @@ func (s *Server) outcome(ctx context.Context, c *creation, id sandbox.ID) (store
 	return row, nil, nil
 }
 
-// settled waits until a create that another process runs, or ran, has an end.
-func (s *Server) settled(ctx context.Context, id sandbox.ID) (store.Sandbox, error) {
-	tick := time.NewTicker(100 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		row, err := s.cfg.Store.Sandbox(ctx, id)
-		if err != nil || row.State != sandbox.Creating {
-			return row, err
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return row, ctx.Err()
-		case <-s.ctx.Done():
-			return row, errStopping
-		}
-	}
-}
-
 // create takes a recorded sandbox to running, or to failed.
-func (s *Server) create(ctx context.Context, row store.Sandbox, timeout time.Duration) (store.Sandbox, []api.Phase, error) {
+func (s *Server) create(ctx context.Context, row store.Sandbox, noStart bool) (store.Sandbox, []api.Phase, error) {
 	start := s.cfg.Now()
-	running, phases, err := s.boot(ctx, row, timeout)
+	running, phases, err := s.boot(ctx, row, noStart)
 	if err != nil {
-		after, err := s.createFailed(ctx, row, err)
-		return after, nil, err
+		running, err = s.createFailed(ctx, row, err)
+	}
+	if err != nil {
+		return running, nil, err
 	}
 	took := s.cfg.Now().Sub(start)
 	s.meters.creates.WithLabelValues("running").Inc()
@@ -342,41 +376,51 @@ func (s *Server) create(ctx context.Context, row store.Sandbox, timeout time.Dur
 
 // boot has the host make the sandbox. Its life starts when it runs: until then
 // the host has a later deadline, which holds if we die here.
-func (s *Server) boot(ctx context.Context, row store.Sandbox, timeout time.Duration) (store.Sandbox, []api.Phase, error) {
+func (s *Server) boot(ctx context.Context, row store.Sandbox, noStart bool) (store.Sandbox, []api.Phase, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.CreateLimit)
 	defer cancel()
 	if err := fault.Point(ctx, "control/create/recorded"); err != nil {
 		return row, nil, err
 	}
-	deadline := s.cfg.Now().Add(min(s.cfg.CreateLimit+timeout, sandbox.MaxTimeout))
-	resp, err := s.cfg.Host.CreateSandbox(ctx, connect.NewRequest(&hostv1.CreateSandboxRequest{Spec: specOut(row, deadline)}))
+	deadline := s.cfg.Now().Add(min(s.cfg.CreateLimit+row.Timeout, sandbox.MaxTimeout))
+	resp, err := s.cfg.Host.CreateSandbox(ctx, connect.NewRequest(&hostv1.CreateSandboxRequest{
+		Spec: specOut(row, deadline), NoStart: noStart,
+	}))
 	if err != nil {
 		return row, nil, hostapi.FromConnect(err)
 	}
 	if err := fault.Point(ctx, "control/create/created"); err != nil {
 		return row, nil, err
 	}
-	deadline = s.cfg.Now().Add(timeout)
-	_, err = s.cfg.Host.SetDeadline(ctx, connect.NewRequest(
-		&hostv1.SetDeadlineRequest{Id: string(row.ID), Deadline: timestamppb.New(deadline)}))
-	if err != nil {
-		return row, nil, fmt.Errorf("set deadline: %w", hostapi.FromConnect(err))
-	}
-	if err := fault.Point(ctx, "control/create/bounded"); err != nil {
-		return row, nil, err
-	}
-	row, err = s.cfg.Store.Running(ctx, row, deadline)
+	row, err = s.created(ctx, row, resp.Msg.GetStatus())
 	if err != nil {
 		return row, nil, err
 	}
 	return row, phasesOut(resp.Msg.GetStatus().GetPhases()), nil
 }
 
+// created bounds the life of a sandbox that runs now, and records that it does.
+func (s *Server) created(ctx context.Context, row store.Sandbox, status *hostv1.SandboxStatus) (store.Sandbox, error) {
+	deadline, err := s.bound(ctx, row, row.Timeout)
+	if err != nil {
+		return row, fmt.Errorf("set deadline: %w", hostapi.FromConnect(err))
+	}
+	if err := fault.Point(ctx, "control/create/bounded"); err != nil {
+		return row, err
+	}
+	run := store.Run{Deadline: deadline}
+	if start := sandbox.Start(status.GetStart()); start.Valid() {
+		run.Start = start
+	}
+	return s.cfg.Store.Runs(ctx, row, run)
+}
+
 var errDestroyed = sandbox.Errorf(sandbox.KindConflict, "the sandbox was destroyed while it was being created")
 
 // createFailed removes what the host may have and records the end. A host that
 // does not answer now is told later: what the database has as ended, the
-// reconciler destroys.
+// reconciler destroys. A sandbox that somebody else found running meanwhile, a
+// reconciler of another process for example, is no failure and returned as it is.
 func (s *Server) createFailed(ctx context.Context, row store.Sandbox, why error) (store.Sandbox, error) {
 	if cause := context.Cause(ctx); errors.Is(cause, errDestroyed) || errors.Is(cause, errStopping) {
 		why = cause
@@ -386,7 +430,10 @@ func (s *Server) createFailed(ctx context.Context, row store.Sandbox, why error)
 	defer cancel()
 	if now, err := s.cfg.Store.Sandbox(ctx, row.ID); err == nil && now.State != sandbox.Creating {
 		// Whoever changed it sees to the host.
-		return now, &aboutSandbox{row.ID, errDestroyed}
+		if now.State.Ended() || now.State == sandbox.Destroying {
+			return now, &aboutSandbox{row.ID, errDestroyed}
+		}
+		return now, nil
 	}
 	cause, detail := sandbox.CauseCreateFailed, why.Error()
 	resp, err := s.cfg.Host.DestroySandbox(ctx, connect.NewRequest(

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/dormouse-sandbox/dormouse/api"
 	"github.com/dormouse-sandbox/dormouse/client"
+	"github.com/dormouse-sandbox/dormouse/control/store"
 	"github.com/dormouse-sandbox/dormouse/internal/fault"
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
@@ -207,6 +209,48 @@ func TestDeleteDuringCreate(t *testing.T) {
 	}
 	if got := r.host.Running(); len(got) != 0 {
 		t.Errorf("the host has %v", got)
+	}
+}
+
+// A step fails, but another process's reconciler has found the sandbox running.
+func TestAFailedStepOfWhatRunsIsNoFailure(t *testing.T) {
+	r := newRig(t)
+	defer fault.Set("control/create/bounded", func(ctx context.Context, _ string) error {
+		rows, err := r.cfg.Store.Sandboxes(ctx, store.Filter{States: []sandbox.State{sandbox.Creating}})
+		if err != nil || len(rows) != 1 {
+			t.Errorf("being created: %+v, %v", rows, err)
+			return err
+		}
+		if _, err := r.cfg.Store.Running(ctx, rows[0], time.Now().Add(time.Hour)); err != nil {
+			t.Error(err)
+		}
+		return errors.New("too late")
+	})()
+	s, err := r.c.CreateSandbox(r.ctx(), api.CreateSandbox{}, "")
+	if err != nil || s.State != "running" || s.Deadline == nil {
+		t.Fatalf("create: %+v, %v", s, err)
+	}
+	if got := r.host.Running(); len(got) != 1 || got[0] != s.ID {
+		t.Errorf("the host has %v, want %s", got, s.ID)
+	}
+	if got := r.get(s.ID); got.State != "running" || got.Cause != "" {
+		t.Errorf("on record: %+v", got)
+	}
+}
+
+func TestCreateThatStartsNothing(t *testing.T) {
+	r := newRig(t)
+	yes, no := true, false
+	for _, tt := range []struct {
+		start *bool
+		want  int
+	}{{nil, 0}, {&yes, 0}, {&no, 1}} {
+		if _, err := r.c.CreateSandbox(r.ctx(), api.CreateSandbox{Start: tt.start}, ""); err != nil {
+			t.Fatal(err)
+		}
+		if got := r.host.Unstarted(); got != tt.want {
+			t.Errorf("%d creates left the start command alone, want %d", got, tt.want)
+		}
 	}
 }
 

@@ -23,8 +23,26 @@ var errMediaType = errors.New("wrong content type")
 
 // readBody reads a JSON body into v, strictly.
 func readBody(w http.ResponseWriter, r *http.Request, v any) error {
-	if err := checkMediaType(r, "application/json"); err != nil {
+	body, err := bodyOf(w, r)
+	if err != nil {
 		return err
+	}
+	return DecodeStrict(body, v)
+}
+
+// readOptional is readBody for a body that may be left out.
+func readOptional(w http.ResponseWriter, r *http.Request, v any) error {
+	body, err := bodyOf(w, r)
+	if err != nil || len(body) == 0 {
+		return err
+	}
+	return DecodeStrict(body, v)
+}
+
+// bodyOf reads a body that is to be JSON, within bounds.
+func bodyOf(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	if err := checkMediaType(r, "application/json"); err != nil {
+		return nil, err
 	}
 	rc := http.NewResponseController(w)
 	_ = rc.SetReadDeadline(time.Now().Add(bodyLimit)) // not every connection can; the body is bounded anyway
@@ -32,12 +50,12 @@ func readBody(w http.ResponseWriter, r *http.Request, v any) error {
 	var tooBig *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooBig):
-		return sandbox.Errorf(sandbox.KindTooLarge, "the body is larger than %d bytes", api.MaxBodyBytes)
+		return nil, sandbox.Errorf(sandbox.KindTooLarge, "the body is larger than %d bytes", api.MaxBodyBytes)
 	case err != nil:
-		return sandbox.Errorf(sandbox.KindInvalid, "read body: %w", err)
+		return nil, sandbox.Errorf(sandbox.KindInvalid, "read body: %w", err)
 	}
 	_ = rc.SetReadDeadline(time.Time{}) // as above
-	return DecodeStrict(body, v)
+	return body, nil
 }
 
 // checkMediaType lets a request without a content type pass: there is only one

@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"slices"
 	"strconv"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -73,6 +74,8 @@ func (s *Server) readFile(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	defer done()
+	stop := unblock(ctx, http.NewResponseController(w).SetWriteDeadline)
+	defer stop()
 	file, err := s.cfg.Host.ReadFile(ctx, connect.NewRequest(
 		&hostv1.ReadFileRequest{Id: string(t.id), Path: t.path, User: t.user}))
 	if err != nil {
@@ -96,7 +99,22 @@ func (s *Server) readFile(w http.ResponseWriter, r *http.Request) error {
 		w.Header().Set("Content-Length", strconv.FormatInt(head.Size, 10))
 	}
 	w.WriteHeader(http.StatusOK)
-	return sendFile(w, file, head.Size)
+	if err := sendFile(w, file, head.Size); err != nil {
+		return err
+	}
+	if !stop() {
+		return errAborted // the connection is of no use any more
+	}
+	return nil
+}
+
+// unblock lets go of a client that does not read, or does not send, when the
+// call ends for a reason of ours: without it the transfer would wait for the
+// client. The returned function ends that and says whether it was in time.
+func unblock(ctx context.Context, setDeadline func(time.Time) error) (stop func() bool) {
+	return context.AfterFunc(ctx, func() {
+		_ = setDeadline(time.Unix(1, 0)) // tests' recorders have no connection
+	})
 }
 
 func sendFile(w io.Writer, file *connect.ServerStreamForClient[hostv1.ReadFileResponse], size int64) error {
@@ -131,6 +149,7 @@ func (s *Server) writeFile(w http.ResponseWriter, r *http.Request) error {
 	defer done()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	defer unblock(ctx, http.NewResponseController(w).SetReadDeadline)()
 	up := s.cfg.Host.WriteFile(ctx)
 	err = up.Send(&hostv1.WriteFileRequest{Message: &hostv1.WriteFileRequest_Start_{
 		Start: &hostv1.WriteFileRequest_Start{Id: string(t.id), Path: t.path, User: t.user},
@@ -140,12 +159,12 @@ func (s *Server) writeFile(w http.ResponseWriter, r *http.Request) error {
 	}
 	var broken *bodyError
 	switch {
+	case err != nil && ctx.Err() != nil: // from here, so the body was cut off from here too
+		return s.hostError(ctx, t.id, err) // the deferred cancel resets the host's stream, as below
 	case errors.As(err, &broken):
 		// The deferred cancel resets the host's stream. Closing it in order, as
 		// CloseAndReceive does, could make the part look like the whole.
 		return sandbox.Errorf(sandbox.KindInvalid, "read body: %w", broken.err)
-	case err != nil && ctx.Err() != nil:
-		return s.hostError(ctx, t.id, err) // likewise
 	}
 	// After a failed Send the host's reason is in the answer.
 	resp, err := up.CloseAndReceive()

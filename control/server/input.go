@@ -91,7 +91,7 @@ func (st *stream) readClient() {
 		}
 		if err := st.message(typ, data); err != nil {
 			st.sendError(err, "")
-			st.kill(hostKill)
+			st.abandon()
 			st.cancel(err)
 			return
 		}
@@ -104,6 +104,12 @@ const (
 )
 
 func (st *stream) message(typ websocket.MessageType, data []byte) error {
+	if typ == websocket.MessageBinary && st.tty != nil {
+		if len(data) > 0 {
+			st.input.put(data)
+		}
+		return nil
+	}
 	if typ == websocket.MessageBinary {
 		if len(data) == 0 || data[0] != api.ChannelStdin {
 			return sandbox.Errorf(sandbox.KindInvalid, "a binary message must begin with the byte %d", api.ChannelStdin)
@@ -118,7 +124,9 @@ func (st *stream) message(typ websocket.MessageType, data []byte) error {
 		return err
 	}
 	switch {
-	case msg.Type == api.StreamCloseStdin:
+	case msg.Type == api.StreamResize && st.tty != nil:
+		return st.tty.resize(msg.Size)
+	case msg.Type == api.StreamCloseStdin && st.tty == nil:
 		st.input.put(nil)
 	case msg.Type == api.StreamKill && msg.Signal == api.SignalTerm:
 		st.kill(hostTerm)
@@ -135,6 +143,10 @@ func (st *stream) message(typ websocket.MessageType, data []byte) error {
 // kill passes a signal on. It does not wait behind input that the command does
 // not take: the host's stream may be full of it.
 func (st *stream) kill(signal int32) {
+	if st.tty != nil {
+		st.tty.kill(st, signal)
+		return
+	}
 	sent := make(chan struct{})
 	go func() {
 		defer close(sent)
@@ -156,14 +168,24 @@ func (st *stream) kill(signal int32) {
 	}
 }
 
-// clientGone kills the command: nobody is there to read it.
+// clientGone ends the session: nobody is there to read it.
 func (st *stream) clientGone() {
 	if st.ended.Load() || st.ctx.Err() != nil {
 		return
 	}
 	st.input.close()
-	st.kill(hostKill)
+	st.abandon()
 	st.cancel(errClientGone)
+}
+
+// abandon kills a command whose client is no longer served, unless it is kept.
+func (st *stream) abandon() {
+	switch {
+	case st.tty == nil:
+		st.kill(hostKill)
+	case !st.tty.kept.Load():
+		st.tty.signal(st, hostKill)
+	}
 }
 
 // feedHost sends input on, and tells the client how much of it was taken.

@@ -10,15 +10,21 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/dormouse-sandbox/dormouse/api"
+	"github.com/dormouse-sandbox/dormouse/control/store"
 	"github.com/dormouse-sandbox/dormouse/host/hostapi"
 	hostv1 "github.com/dormouse-sandbox/dormouse/host/hostapi/gen/dormouse/host/v1"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/web"
 )
 
 // unary calls into a running sandbox, within bounds, and answers with what the
 // call returned.
 func (s *Server) unary(w http.ResponseWriter, r *http.Request, id sandbox.ID, call func(context.Context) (any, error)) error {
-	ctx, done, err := s.enter(r.Context(), id)
+	return s.unaryIf(w, r, id, s.awake, call)
+}
+
+func (s *Server) unaryIf(w http.ResponseWriter, r *http.Request, id sandbox.ID, may func(context.Context, sandbox.ID) (store.Sandbox, error), call func(context.Context) (any, error)) error {
+	ctx, done, _, err := s.enterIf(r.Context(), id, may)
 	if err != nil {
 		return err
 	}
@@ -46,12 +52,14 @@ func (s *Server) ping(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
+// sandboxMetrics resumes nothing: whoever draws a curve must not keep everything
+// awake.
 func (s *Server) sandboxMetrics(w http.ResponseWriter, r *http.Request) error {
 	id, err := pathID(r)
 	if err != nil {
 		return err
 	}
-	return s.unary(w, r, id, func(ctx context.Context) (any, error) {
+	return s.unaryIf(w, r, id, s.running, func(ctx context.Context) (any, error) {
 		resp, err := s.cfg.Host.GetMetrics(ctx, connect.NewRequest(&hostv1.GetMetricsRequest{Id: string(id)}))
 		if err != nil {
 			return nil, err
@@ -131,10 +139,7 @@ func (s *Server) listTemplates(w http.ResponseWriter, r *http.Request) error {
 	}
 	out := api.TemplateList{Templates: []api.Template{}}
 	for _, t := range resp.Msg.GetTemplates() {
-		out.Templates = append(out.Templates, api.Template{
-			Name: t.GetName(), Digest: t.GetDigest(), SizeBytes: t.GetSizeBytes(), MinDiskMiB: int(t.GetMinDiskMib()),
-			DefaultUser: t.GetDefaultUser(), DefaultWorkdir: t.GetDefaultWorkdir(), BuiltAt: timeOut(t.GetBuiltAt()),
-		})
+		out.Templates = append(out.Templates, templateOut(t))
 	}
 	return ok(w, out)
 }
@@ -149,7 +154,8 @@ func (s *Server) getHost(w http.ResponseWriter, r *http.Request) error {
 	h := resp.Msg
 	return ok(w, api.Host{
 		Name: h.GetName(), Version: h.GetVersion(), VMM: h.GetVmm(), Accelerator: h.GetAccelerator(),
-		AcceleratorReason: h.GetAcceleratorReason(), CPUs: int(h.GetCpus()), MemTotalMiB: int(h.GetMemTotalMib()),
+		AcceleratorReason: h.GetAcceleratorReason(), DiskDriver: h.GetDiskDriver(), DiskReason: h.GetDiskReason(),
+		Cgroup: h.GetCgroup(), CgroupReason: h.GetCgroupReason(), Damage: h.GetDamage(), CPUs: int(h.GetCpus()), MemTotalMiB: int(h.GetMemTotalMib()),
 		MemAvailableMiB: int(h.GetMemAvailableMib()), MemCommittedMiB: int(h.GetMemCommittedMib()),
 		DiskFreeMiB: int(h.GetDiskFreeMib()), Sandboxes: int(h.GetSandboxes()), MaxSandboxes: int(h.GetMaxSandboxes()),
 		Instance: h.GetInstance(),
@@ -163,6 +169,11 @@ func (s *Server) health(w http.ResponseWriter, r *http.Request) error {
 		return sandbox.WithKind(sandbox.KindTransient, errors.New("the database does not answer"))
 	}
 	return ok(w, api.Health{Status: "ok", Version: s.cfg.Version})
+}
+
+// docs shows the same as a page.
+func docs(w http.ResponseWriter, r *http.Request) error {
+	return web.ServeDocs(w, r.PathValue("file"))
 }
 
 func (s *Server) openAPI(w http.ResponseWriter, _ *http.Request) error {

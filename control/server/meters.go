@@ -20,6 +20,8 @@ type meters struct {
 	creates  *prometheus.CounterVec
 	boot     prometheus.Histogram
 	ended    *prometheus.CounterVec
+	changes  *prometheus.CounterVec
+	changing *prometheus.HistogramVec
 	streams  prometheus.Gauge
 }
 
@@ -44,19 +46,35 @@ func newMeters(reg *prometheus.Registry, db *store.DB) (*meters, error) {
 		ended: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "dormouse_sandboxes_ended_total", Help: "Sandboxes that ended, by cause.",
 		}, []string{"cause"}),
+		changes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "dormouse_changes_total", Help: "Pauses, resumes, forks and snapshots that came to an end, by outcome: done or failed.",
+		}, []string{"op", "outcome"}),
+		changing: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "dormouse_change_seconds", Help: "How long those took that were done.", Buckets: buckets,
+		}, []string{"op"}),
 		streams: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "dormouse_exec_streams", Help: "Exec streams open now.",
+			Name: "dormouse_exec_streams", Help: "Streams open now: commands, terminals, ports and watches.",
 		}),
 	}
 	var errs []error
 	for _, c := range []prometheus.Collector{
-		m.requests, m.seconds, m.underWay, m.creates, m.boot, m.ended, m.streams,
+		m.requests, m.seconds, m.underWay, m.creates, m.boot, m.ended, m.changes, m.changing, m.streams,
 		byState{db},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	} {
 		errs = append(errs, alreadyIsFine(reg.Register(c)))
 	}
 	return m, errors.Join(errs...)
+}
+
+// change counts one pause, resume, fork or snapshot; took is of one that was done.
+func (m *meters) change(op string, err error, took time.Duration) {
+	if err != nil {
+		m.changes.WithLabelValues(op, "failed").Inc()
+		return
+	}
+	m.changes.WithLabelValues(op, "done").Inc()
+	m.changing.WithLabelValues(op).Observe(took.Seconds())
 }
 
 // alreadyIsFine lets a registry come with the process's own figures in it.

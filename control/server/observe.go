@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -12,6 +13,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/dormouse-sandbox/dormouse/api"
@@ -28,7 +30,22 @@ func (s *Server) observe(mux *http.ServeMux, unmatched http.Handler) http.Handle
 		if p := r.URL.EscapedPath(); pattern == "" || path.Clean(p) != p { // the mux would redirect, by itself
 			next, pattern = unmatched, "unmatched"
 		}
+		if to, given, err := s.portOf(r); given {
+			next, pattern = s.wrap(route{open: true, handle: func(w http.ResponseWriter, r *http.Request) error {
+				if err != nil {
+					return err
+				}
+				return s.servePort(w, r, to)
+			}}), to.pattern()
+			r.Pattern = pattern
+			r.SetPathValue("id", string(to.id))
+		}
 		rec := &recorder{ResponseWriter: w}
+		if r.Body != http.NoBody {
+			rec.body = &body{ReadCloser: r.Body}
+			r = r.WithContext(r.Context()) // net/http looks at the body of its own request
+			r.Body = rec.body
+		}
 		id := rand.Text()
 		h := rec.Header()
 		h.Set(api.HeaderRequestID, id)
@@ -88,6 +105,30 @@ type recorder struct {
 	status int
 	bytes  int64
 	known  bool // the request came with a valid key
+	body   *body
+}
+
+// body remembers whether the client's body was read to its end; nil is none.
+type body struct {
+	io.ReadCloser
+	ended atomic.Bool
+}
+
+func (b *body) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err == io.EOF {
+		b.ended.Store(true)
+	}
+	return n, err
+}
+
+func (b *body) remains() bool { return b != nil && !b.ended.Load() }
+
+// unread says that the request's body is not at its end. Only then may the
+// connection get a deadline for reading: see writeText.
+func unread(w http.ResponseWriter) bool {
+	rec, ok := w.(*recorder)
+	return ok && rec.body.remains()
 }
 
 // setKnown notes that whoever asks has a key.
@@ -123,9 +164,19 @@ func (r *recorder) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 }
 
 func (m *meters) request(pattern string, status int, took time.Duration) {
-	if strings.HasSuffix(pattern, "/stream") {
-		took = 0 // how long a command runs says nothing about the server
+	if isStream(pattern) {
+		took = 0 // how long a command or a guest takes says nothing about the server
 	}
 	m.requests.WithLabelValues(pattern, strconv.Itoa(status)).Inc()
 	m.seconds.WithLabelValues(pattern).Observe(took.Seconds())
+}
+
+// isStream says which routes last as long as their client wants.
+func isStream(pattern string) bool {
+	for _, end := range []string{"/stream", "/pty", "/files/watch", "/tcp/{port}"} {
+		if strings.HasSuffix(pattern, end) {
+			return true
+		}
+	}
+	return pattern == portByPath || pattern == portByName
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/http/httptest"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -18,7 +19,7 @@ import (
 )
 
 // limit is how long anything in these tests may take.
-const limit = 30 * time.Second
+const limit = 2 * time.Minute
 
 // rig is a whole control plane over a fake host.
 type rig struct {
@@ -56,7 +57,7 @@ func (r *rig) start() {
 		r.t.Fatal(err)
 	}
 	cfg := r.cfg
-	cfg.Store, cfg.Keys = db, auth.New(db, nil)
+	cfg.Store, cfg.Keys = db, auth.New(db, cfg.Now)
 	if r.key == "" {
 		if r.key, err = cfg.Keys.EnsureKey(ctx, "test"); err != nil {
 			r.t.Fatal(err)
@@ -127,3 +128,5 @@ func (r *rig) wantKind(err error, kind sandbox.Kind) {
 		r.t.Fatalf("error %v has kind %s, want %s", err, sandbox.KindOf(err), kind)
 	}
 }
+
+func containsText(s, part string) bool { return strings.Contains(s, part) }

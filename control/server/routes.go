@@ -32,18 +32,35 @@ func (s *Server) table() []route {
 		{"DELETE /v1/sandboxes/{id}", false, s.deleteSandbox},
 		{"POST /v1/sandboxes/{id}/exec", false, s.exec},
 		{"GET /v1/sandboxes/{id}/exec/stream", true, s.execStream},
+		{"GET /v1/sandboxes/{id}/pty", true, s.pty},
 		{"GET /v1/sandboxes/{id}/files/read", false, s.readFile},
 		{"PUT /v1/sandboxes/{id}/files/write", false, s.writeFile},
 		{"GET /v1/sandboxes/{id}/files/list", false, s.listDir},
 		{"GET /v1/sandboxes/{id}/files/stat", false, s.statFile},
+		{"GET /v1/sandboxes/{id}/files/watch", false, s.watchFiles},
 		{"POST /v1/sandboxes/{id}/files/mkdir", false, s.makeDir},
 		{"POST /v1/sandboxes/{id}/files/move", false, s.moveFile},
 		{"POST /v1/sandboxes/{id}/files/remove", false, s.removeFile},
+		{"POST /v1/sandboxes/{id}/ports", false, s.openPort},
+		{"GET /v1/sandboxes/{id}/tcp/{port}", true, s.portTCP},
 		{"POST /v1/sandboxes/{id}/ping", false, s.ping},
 		{"POST /v1/sandboxes/{id}/timeout", false, s.setTimeout},
+		{"POST /v1/sandboxes/{id}/pause", false, s.pauseSandbox},
+		{"POST /v1/sandboxes/{id}/resume", false, s.resumeSandbox},
+		{"POST /v1/sandboxes/{id}/fork", false, s.forkSandbox},
 		{"GET /v1/sandboxes/{id}/logs", false, s.logs},
 		{"GET /v1/sandboxes/{id}/metrics", false, s.sandboxMetrics},
+		{"POST /v1/templates", false, s.buildTemplate},
 		{"GET /v1/templates", false, s.listTemplates},
+		{"GET /v1/templates/{name}", false, s.getTemplate},
+		{"GET /v1/templates/{name}/log", false, s.templateLog},
+		{"DELETE /v1/templates/{name}", false, s.deleteTemplate},
+		{"POST /v1/snapshots", false, s.createSnapshot},
+		{"GET /v1/snapshots", false, s.listSnapshots},
+		{"GET /v1/snapshots/{name}", false, s.getSnapshot},
+		{"DELETE /v1/snapshots/{name}", false, s.deleteSnapshot},
+		{"GET /v1/snapshots/{name}/tree", false, s.snapshotTree},
+		{"POST /v1/snapshots/{name}/verify", false, s.verifySnapshot},
 		{"GET /v1/host", false, s.getHost},
 		{"POST /v1/api-keys", false, s.createKey},
 		{"GET /v1/api-keys", false, s.listKeys},
@@ -51,6 +68,8 @@ func (s *Server) table() []route {
 		{"GET /healthz", true, s.health},
 		{"GET /metrics", false, func(w http.ResponseWriter, r *http.Request) error { metrics.ServeHTTP(w, r); return nil }},
 		{"GET /openapi.json", true, s.openAPI},
+		{"GET /docs", true, docs},
+		{"GET /docs/{file}", true, docs},
 	}
 }
 
@@ -59,6 +78,9 @@ func (s *Server) Routes() []string {
 	var out []string
 	for _, rt := range s.table() {
 		out = append(out, rt.pattern)
+	}
+	for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} { // what a guest takes is its own affair
+		out = append(out, method+" "+portByPath)
 	}
 	return out
 }
@@ -83,7 +105,7 @@ func (s *Server) wrap(rt route) http.Handler {
 				return
 			}
 			setKnown(w)
-			r = r.WithContext(context.WithValue(r.Context(), keyOfContext{}, key))
+			r = r.WithContext(withKey(r.Context(), key))
 		}
 		if err := rt.handle(w, r); err != nil {
 			s.fail(w, r, err)
@@ -96,9 +118,13 @@ func (s *Server) authenticate(r *http.Request) (store.Key, error) {
 	return s.cfg.Keys.Check(r.Context(), secret)
 }
 
+func withKey(ctx context.Context, key store.Key) context.Context {
+	return context.WithValue(ctx, keyOfContext{}, key)
+}
+
 // askingKey is the key that authenticated the request.
-func askingKey(r *http.Request) store.Key {
-	key, _ := r.Context().Value(keyOfContext{}).(store.Key)
+func askingKey(ctx context.Context) store.Key {
+	key, _ := ctx.Value(keyOfContext{}).(store.Key)
 	return key
 }
 
@@ -109,14 +135,18 @@ func (s *Server) unmatched(mux *http.ServeMux, w http.ResponseWriter, r *http.Re
 	probe := &discard{header: http.Header{}}
 	mux.ServeHTTP(probe, r)
 	if probe.status == http.StatusMethodNotAllowed {
-		allow := probe.header.Get("Allow")
-		w.Header().Set("Allow", allow)
-		writeJSON(w, http.StatusMethodNotAllowed, api.Error{Error: api.ErrorDetail{
-			Code: string(sandbox.KindInvalid), Message: r.Method + " is not possible here, only " + allow,
-		}})
+		notAllowed(w, r, probe.header.Get("Allow"))
 		return
 	}
 	s.fail(w, r, sandbox.Errorf(sandbox.KindNotFound, "there is nothing at %s", cut(r.URL.Path, 200)))
+}
+
+// notAllowed answers a method that a path does not have.
+func notAllowed(w http.ResponseWriter, r *http.Request, allow string) {
+	w.Header().Set("Allow", allow)
+	writeJSON(w, http.StatusMethodNotAllowed, api.Error{Error: api.ErrorDetail{
+		Code: string(sandbox.KindInvalid), Message: cut(r.Method, 40) + " is not possible here, only " + allow,
+	}})
 }
 
 // discard keeps only what an answer's head says.

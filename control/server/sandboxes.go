@@ -9,12 +9,8 @@ import (
 	"strconv"
 	"strings"
 
-	"connectrpc.com/connect"
-	"google.golang.org/protobuf/types/known/timestamppb"
-
 	"github.com/dormouse-sandbox/dormouse/api"
 	"github.com/dormouse-sandbox/dormouse/control/store"
-	hostv1 "github.com/dormouse-sandbox/dormouse/host/hostapi/gen/dormouse/host/v1"
 	"github.com/dormouse-sandbox/dormouse/internal/fault"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
@@ -182,52 +178,5 @@ func (s *Server) markDestroying(ctx context.Context, id sandbox.ID) (store.Sandb
 		if !errors.Is(err, store.ErrStale) {
 			return after, err
 		}
-	}
-}
-
-// setTimeout moves the deadline on the host, which enforces it, and then in the
-// database. If we die in between, the reconciler copies it.
-func (s *Server) setTimeout(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
-	if err != nil {
-		return err
-	}
-	var req api.Timeout
-	if err := readBody(w, r, &req); err != nil {
-		return err
-	}
-	d, err := seconds("timeout_seconds", req.TimeoutSeconds, sandbox.MinTimeout, sandbox.MaxTimeout)
-	if err != nil {
-		return err
-	}
-	ctx, done, err := s.enter(r.Context(), id)
-	if err != nil {
-		return err
-	}
-	defer done()
-	ctx, cancel := context.WithTimeout(ctx, s.cfg.CallLimit)
-	defer cancel()
-	deadline := s.cfg.Now().Add(d)
-	_, err = s.cfg.Host.SetDeadline(ctx, connect.NewRequest(
-		&hostv1.SetDeadlineRequest{Id: string(id), Deadline: timestamppb.New(deadline)}))
-	if err != nil {
-		return s.hostError(ctx, id, err)
-	}
-	for {
-		row, err := s.cfg.Store.Sandbox(ctx, id)
-		if err != nil {
-			return err
-		}
-		if row.State.Ended() {
-			return endedError(row)
-		}
-		after, err := s.cfg.Store.SetDeadline(ctx, row, deadline)
-		if errors.Is(err, store.ErrStale) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		return ok(w, sandboxOut(after))
 	}
 }

@@ -2,17 +2,20 @@
 // calls and encodes. What sandboxes are is in the store, what they do is on the
 // host; the server joins the two.
 //
-// It promises that a create that has begun is finished whether or not its
-// caller waits; that every body, count, size and time is bounded, with the bound
+// It promises that a create, pause, resume, fork or snapshot that has begun is
+// finished whether or not its caller waits; that a call into a paused sandbox
+// resumes it, if its policy says so; that every body, count, size and time is bounded, with the bound
 // in the message; that streams hold back whoever is too fast and store nothing;
-// that a call into a sandbox ends when the sandbox does; and that neither a key
-// nor a payload nor the inside of an error reaches a log or a client by mistake.
+// that a call into a sandbox ends when the sandbox does, or its API key; and that
+// neither a key nor a payload nor the inside of an error reaches a log or a client
+// by mistake.
 package server
 
 import (
 	"context"
 	"errors"
 	"io"
+	"log"
 	"log/slog"
 	"net/http"
 	"sync"
@@ -37,6 +40,10 @@ type Config struct {
 	Now      func() time.Time // nil: time.Now
 	Version  string
 
+	// Domain is under which ports of sandboxes have host names, PORT-ID.Domain.
+	// Empty: they have none, and browsers cannot visit them.
+	Domain string
+
 	// Registry gets the metrics and is shown at /metrics. Nil: one of our own.
 	Registry *prometheus.Registry
 	// Origins are the patterns of Origin headers, besides the server's own
@@ -44,10 +51,14 @@ type Config struct {
 	Origins []string
 
 	CreateLimit time.Duration // of a create, boot included; 10 min
+	ChangeLimit time.Duration // of a pause, a resume or a snapshot; 10 min
 	CallLimit   time.Duration // of a call to the host that moves no data; 1 min
 	KeepAlive   time.Duration // between signs of life on an idle stream; 15 s
 	Retention   time.Duration // of ended sandboxes; 7 days
 	SweepEvery  time.Duration // how often what is too old is deleted; 10 min
+	KeyCheck    time.Duration // how often open calls are checked for revoked keys; 2 s
+	PortAnswer  time.Duration // how long a server in a sandbox may take to begin its answer; 10 min
+	PortIdle    time.Duration // how long a connection to one is kept for the next request; 15 s
 
 	// Reconcile tunes the reconciler; its Host, Store, Log, Now and callbacks
 	// are set here.
@@ -75,10 +86,14 @@ func (c Config) withDefaults() Config {
 		value time.Duration
 	}{
 		{&c.CreateLimit, 10 * time.Minute},
+		{&c.ChangeLimit, 10 * time.Minute},
 		{&c.CallLimit, time.Minute},
 		{&c.KeepAlive, 15 * time.Second},
 		{&c.Retention, 7 * 24 * time.Hour},
 		{&c.SweepEvery, 10 * time.Minute},
+		{&c.KeyCheck, 2 * time.Second},
+		{&c.PortAnswer, 10 * time.Minute},
+		{&c.PortIdle, 15 * time.Second},
 	} {
 		if *d.field == 0 {
 			*d.field = d.value
@@ -93,8 +108,13 @@ type Server struct {
 	handler    http.Handler
 	reconciler *reconcile.Reconciler
 	meters     *meters
+	owner      string // this process, on what it works on
 	creates    creates
+	changes    changes
+	shots      shots
 	calls      calls
+	ports      *http.Transport
+	debugLog   *log.Logger
 
 	ctx    context.Context // the life of creates and sweeps, not of a request
 	cancel context.CancelCauseFunc
@@ -106,9 +126,13 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Host == nil || cfg.Store == nil || cfg.Keys == nil {
 		return nil, errors.New("server needs a host, a store and keys")
 	}
-	s := &Server{cfg: cfg.withDefaults()}
+	s := &Server{cfg: cfg.withDefaults(), owner: string(sandbox.NewID())}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	s.ports = s.portTransport()
+	s.debugLog = slog.NewLogLogger(s.cfg.Log.Handler(), slog.LevelDebug)
 	s.creates.init()
+	s.changes.init()
+	s.shots.init()
 	s.calls.init()
 	var err error
 	if s.meters, err = newMeters(s.cfg.Registry, s.cfg.Store); err != nil {
@@ -116,7 +140,8 @@ func New(cfg Config) (*Server, error) {
 	}
 	rc := s.cfg.Reconcile
 	rc.Host, rc.HostName, rc.Store, rc.Log, rc.Now = s.cfg.Host, s.cfg.HostName, s.cfg.Store, s.cfg.Log, s.cfg.Now
-	rc.Owned = s.creates.underWay
+	rc.Owned = func(id sandbox.ID) bool { return s.creates.find(id) != nil || s.changes.find(id) != nil }
+	rc.OwnedSnapshot = s.shots.has
 	rc.Ended = s.sandboxEnded
 	if rc.CreateLimit == 0 {
 		rc.CreateLimit = s.cfg.CreateLimit
@@ -133,18 +158,23 @@ func (s *Server) Start(ctx context.Context) error {
 		return err
 	}
 	s.wg.Go(s.sweep)
+	s.wg.Go(s.watchKeys)
 	return nil
 }
 
 var errStopping = sandbox.Errorf(sandbox.KindTransient, "the server is stopping")
 
-// Close ends every stream and every create under way, and waits for them. It
-// destroys nothing. It may be called twice.
+// Close ends every stream and everything else under way, and waits for it. It
+// destroys nothing, and what a host is at goes on there. It may be called twice.
 func (s *Server) Close() error {
 	s.creates.close()
+	s.changes.close()
+	s.shots.close()
 	s.cancel(errStopping)
 	s.calls.close(errStopping)
 	s.wg.Wait()
+	s.shots.wg.Wait()
+	s.ports.CloseIdleConnections()
 	s.calls.wait()
 	return s.reconciler.Close()
 }
@@ -161,7 +191,7 @@ func (s *Server) HTTPServer() *http.Server {
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    64 << 10,
-		ErrorLog:          slog.NewLogLogger(s.cfg.Log.Handler(), slog.LevelDebug), // broken connections of clients
+		ErrorLog:          s.debugLog, // broken connections of clients
 	}
 }
 
@@ -172,10 +202,10 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.handler.S
 // usually done so; this holds when it has not.
 func (s *Server) sandboxEnded(row store.Sandbox) {
 	s.meters.ended.WithLabelValues(string(row.Cause)).Inc()
-	s.calls.end(row.ID, endedError(row))
+	s.calls.end(endedError(row), func(c *call) bool { return c.id == row.ID })
 }
 
-// sweep deletes what was kept long enough.
+// sweep deletes what was kept long enough, and what is left of it in the log.
 func (s *Server) sweep() {
 	const most = 1000 // rows in one transaction
 	tick := time.NewTicker(s.cfg.SweepEvery)
@@ -187,6 +217,9 @@ func (s *Server) sweep() {
 		}
 		if _, err := s.cfg.Store.ForgetIdempotency(s.ctx, now.Add(-idempotencyTTL), most); err != nil && s.ctx.Err() == nil {
 			s.cfg.Log.Error("forget idempotency keys", "err", err)
+		}
+		if err := s.cfg.Store.Checkpoint(s.ctx); err != nil && s.ctx.Err() == nil {
+			s.cfg.Log.Error("checkpoint", "err", err)
 		}
 		select {
 		case <-s.ctx.Done():

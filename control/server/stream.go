@@ -15,6 +15,7 @@ import (
 
 	"github.com/dormouse-sandbox/dormouse/api"
 	"github.com/dormouse-sandbox/dormouse/control/auth"
+	"github.com/dormouse-sandbox/dormouse/control/store"
 	hostv1 "github.com/dormouse-sandbox/dormouse/host/hostapi/gen/dormouse/host/v1"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
@@ -52,10 +53,12 @@ type stream struct {
 	id   sandbox.ID
 	conn *websocket.Conn
 	host *hostStream
+	tty  *terminal // nil for a command with pipes
 
-	known func() // to be called when the client has said who it is
+	known func()    // to be called when the client has said who it is
+	key   store.Key // then
 
-	// ctx is the session: it ends with the client, the sandbox or the server.
+	// ctx is the session: it ends with the client, its key, the sandbox or the server.
 	// The client is read with connCtx, which lasts longer: a read whose context
 	// ends closes the connection, and nobody could be told why.
 	ctx     context.Context
@@ -72,16 +75,22 @@ type stream struct {
 
 var errClientGone = sandbox.Errorf(sandbox.KindTransient, "the client went away")
 
-// execStream serves the WebSocket. A key in a header is checked before the
-// upgrade, so that a wrong one is a plain 401.
+// execStream serves the WebSocket of a command with pipes.
 func (s *Server) execStream(w http.ResponseWriter, r *http.Request) error {
+	return s.openStream(w, r, nil)
+}
+
+// openStream serves a WebSocket. A key in a header is checked before the upgrade,
+// so that a wrong one is a plain 401.
+func (s *Server) openStream(w http.ResponseWriter, r *http.Request, tty *terminal) error {
 	id, err := pathID(r)
 	if err != nil {
 		return err
 	}
+	var key store.Key
 	secret, given := auth.FromRequest(r)
 	if given {
-		if _, err := s.cfg.Keys.Check(r.Context(), secret); err != nil {
+		if key, err = s.cfg.Keys.Check(r.Context(), secret); err != nil {
 			return err
 		}
 		setKnown(w)
@@ -104,7 +113,10 @@ func (s *Server) execStream(w http.ResponseWriter, r *http.Request) error {
 	// The request's own context no longer follows the connection.
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(r.Context()))
 	defer cancel(nil)
-	st := &stream{s: s, known: func() { setKnown(w) }, id: id, conn: conn, ctx: ctx, cancel: cancel, connCtx: ctx, input: newInputQueue(), lastOut: s.cfg.Now()}
+	st := &stream{
+		s: s, tty: tty, known: func() { setKnown(w) }, key: key, id: id, conn: conn,
+		ctx: ctx, cancel: cancel, connCtx: ctx, input: newInputQueue(), lastOut: s.cfg.Now(),
+	}
 	if err := st.serve(given); err != nil {
 		st.sendError(err, requestID(r))
 	}
@@ -113,15 +125,15 @@ func (s *Server) execStream(w http.ResponseWriter, r *http.Request) error {
 
 // serve runs the session. An error has not been told to the client yet.
 func (st *stream) serve(authenticated bool) error {
-	start, err := st.first(authenticated)
+	first, err := st.first(authenticated)
 	if err != nil {
 		return err
 	}
-	command, err := commandOf(*start.Exec)
+	opening, err := st.opening(first)
 	if err != nil {
 		return err
 	}
-	ctx, done, err := st.s.enter(st.ctx, st.id)
+	ctx, done, err := st.s.enter(withKey(st.ctx, st.key), st.id)
 	if err != nil {
 		return err
 	}
@@ -132,10 +144,7 @@ func (st *stream) serve(authenticated bool) error {
 	// Once an answer has begun, net/http's HTTP/2 does not look at the context
 	// while it waits for more of the request: that has to be closed too.
 	defer context.AfterFunc(st.ctx, st.cutHost)()
-	err = st.send(&hostv1.ExecStreamRequest{Message: &hostv1.ExecStreamRequest_Start_{
-		Start: &hostv1.ExecStreamRequest_Start{Id: string(st.id), Command: command, Stdin: start.Stdin},
-	}})
-	if err != nil {
+	if err := st.send(opening); err != nil {
 		return st.failure(err)
 	}
 	return st.run()
@@ -148,6 +157,10 @@ func (st *stream) run() error {
 	wg.Go(func() { defer close(gone); st.readClient() })
 	wg.Go(st.feedHost)
 	wg.Go(st.keepAlive)
+	if st.tty != nil {
+		wg.Go(func() { st.tty.feedSizes(st) })
+		wg.Go(func() { st.tty.feedSignals(st) })
+	}
 	err := st.carryOutput()
 	st.ended.Store(true)
 	st.input.close() // from here on the reader only discards
@@ -174,7 +187,7 @@ func (st *stream) cutHost() {
 	_ = st.host.CloseRequest()
 }
 
-// first reads up to the start message.
+// first reads up to the message that says what to run.
 func (st *stream) first(authenticated bool) (api.StreamMessage, error) {
 	ctx, cancel := context.WithTimeout(st.ctx, firstLimit)
 	defer cancel()
@@ -192,7 +205,7 @@ func (st *stream) first(authenticated bool) (api.StreamMessage, error) {
 		}
 		switch {
 		case msg.Type == api.StreamAuth && !authenticated:
-			if _, err := st.s.cfg.Keys.Check(ctx, msg.Key); err != nil {
+			if st.key, err = st.s.cfg.Keys.Check(ctx, msg.Key); err != nil {
 				return msg, err
 			}
 			authenticated = true
@@ -201,14 +214,34 @@ func (st *stream) first(authenticated bool) (api.StreamMessage, error) {
 		case !authenticated:
 			_, err := st.s.cfg.Keys.Check(ctx, "")
 			return msg, err
-		case msg.Type == api.StreamStart && msg.Exec != nil && msg.Exec.Stdin == "":
-			return msg, nil
-		case msg.Type == api.StreamStart:
-			return msg, sandbox.Errorf(sandbox.KindInvalid, "start needs exec, without stdin")
 		default:
-			return msg, sandbox.Errorf(sandbox.KindInvalid, "expected a message of type %s, not %q", api.StreamStart, cut(msg.Type, 40))
+			return msg, nil
 		}
 	}
+}
+
+// opening is what the host is sent first.
+func (st *stream) opening(msg api.StreamMessage) (*hostv1.ExecStreamRequest, error) {
+	if st.tty != nil {
+		return st.tty.opening(st.id, msg)
+	}
+	switch {
+	case msg.Type != api.StreamStart:
+		return nil, sandbox.Errorf(sandbox.KindInvalid, "expected a message of type %s, not %q", api.StreamStart, cut(msg.Type, 40))
+	case msg.Exec == nil || msg.Exec.Stdin != "":
+		return nil, sandbox.Errorf(sandbox.KindInvalid, "start needs exec, without stdin")
+	case msg.Size != nil || msg.Keep:
+		return nil, sandbox.Errorf(sandbox.KindInvalid, "size and keep are for a command in a terminal, at /v1/sandboxes/%s/pty", st.id)
+	}
+	command, err := commandOf(*msg.Exec)
+	if err != nil {
+		return nil, err
+	}
+	return startOf(&hostv1.ExecStreamRequest_Start{Id: string(st.id), Command: command, Stdin: msg.Stdin}), nil
+}
+
+func startOf(start *hostv1.ExecStreamRequest_Start) *hostv1.ExecStreamRequest {
+	return &hostv1.ExecStreamRequest{Message: &hostv1.ExecStreamRequest_Start_{Start: start}}
 }
 
 // failure finds the reason behind an error of the host's stream.
@@ -235,7 +268,7 @@ func (st *stream) carryOutput() error {
 		}
 		switch m := msg.GetMessage().(type) {
 		case *hostv1.ExecStreamResponse_Started_:
-			err = st.sendText(api.StreamMessage{Type: api.StreamStarted, PID: m.Started.GetPid()})
+			err = st.started(m.Started.GetPid())
 		case *hostv1.ExecStreamResponse_Stdout:
 			buf, err = st.sendOutput(buf, api.ChannelStdout, m.Stdout)
 		case *hostv1.ExecStreamResponse_Stderr:
@@ -253,11 +286,24 @@ func (st *stream) carryOutput() error {
 	}
 }
 
+// started tells the client that its command runs.
+func (st *stream) started(pid uint32) error {
+	err := st.sendText(api.StreamMessage{Type: api.StreamStarted, PID: pid})
+	if st.tty != nil {
+		st.tty.started(st, pid, err == nil)
+	}
+	return err
+}
+
 // sendOutput writes bytes in messages of a bounded size; buf is used again.
 func (st *stream) sendOutput(buf []byte, channel byte, data []byte) ([]byte, error) {
 	for len(data) > 0 {
 		n := min(len(data), outChunk)
-		buf = append(append(buf[:0], channel), data[:n]...)
+		buf = buf[:0]
+		if st.tty == nil { // of which there is only one
+			buf = append(buf, channel)
+		}
+		buf = append(buf, data[:n]...)
 		data = data[n:]
 		if err := st.conn.Write(st.ctx, websocket.MessageBinary, buf); err != nil {
 			return buf, err

@@ -291,11 +291,38 @@ func TestStopOfTheServerEndsStreams(t *testing.T) {
 
 // dial opens a raw stream, as a browser would.
 func (r *rig) dial(id string, header http.Header) (*websocket.Conn, *http.Response, error) {
-	c, resp, err := websocket.Dial(r.ctx(), r.http.URL+"/v1/sandboxes/"+id+"/exec/stream", &websocket.DialOptions{HTTPHeader: header})
+	return r.dialAt(id, "/exec/stream", header)
+}
+
+func (r *rig) dialAt(id, at string, header http.Header) (*websocket.Conn, *http.Response, error) {
+	c, resp, err := websocket.Dial(r.ctx(), r.http.URL+"/v1/sandboxes/"+id+at, &websocket.DialOptions{HTTPHeader: header})
 	if err == nil {
 		r.t.Cleanup(func() { _ = c.CloseNow() })
 	}
 	return c, resp, err
+}
+
+// firstAnswer sends messages and reads what comes back first.
+func (r *rig) firstAnswer(c *websocket.Conn, messages ...any) api.StreamMessage {
+	r.t.Helper()
+	for _, m := range messages {
+		b, err := json.Marshal(m)
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		if err := c.Write(r.ctx(), websocket.MessageText, b); err != nil {
+			r.t.Fatal(err)
+		}
+	}
+	_, b, err := c.Read(r.ctx())
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	var got api.StreamMessage
+	if err := json.Unmarshal(b, &got); err != nil {
+		r.t.Fatal(err)
+	}
+	return got
 }
 
 func TestStreamOpening(t *testing.T) {
@@ -315,6 +342,8 @@ func TestStreamOpening(t *testing.T) {
 		{"wrong key", id, []any{api.StreamMessage{Type: api.StreamAuth, Key: "dm_x"}}, api.StreamError, sandbox.KindUnauthorized},
 		{"kill first", id, []any{auth, api.StreamMessage{Type: api.StreamKill}}, api.StreamError, sandbox.KindInvalid},
 		{"start without command", id, []any{auth, api.StreamMessage{Type: api.StreamStart}}, api.StreamError, sandbox.KindInvalid},
+		{"a terminal", id, []any{auth, api.StreamMessage{Type: api.StreamStart, Exec: start.Exec, Keep: true}}, api.StreamError, sandbox.KindInvalid},
+		{"connect", id, []any{auth, api.StreamMessage{Type: api.StreamConnect, PID: 42}}, api.StreamError, sandbox.KindInvalid},
 		{"empty command", id, []any{auth, api.StreamMessage{Type: api.StreamStart, Exec: &api.Exec{}}}, api.StreamError, sandbox.KindInvalid},
 		{"unknown field", id, []any{map[string]string{"typ": "auth"}}, api.StreamError, sandbox.KindInvalid},
 		{"no such sandbox", string(sandbox.NewID()), []any{auth, start}, api.StreamError, sandbox.KindNotFound},
@@ -324,25 +353,9 @@ func TestStreamOpening(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for _, m := range tt.messages {
-				b, err := json.Marshal(m)
-				if err != nil {
-					t.Fatal(err)
-				}
-				if err := c.Write(r.ctx(), websocket.MessageText, b); err != nil {
-					t.Fatal(err)
-				}
-			}
-			_, b, err := c.Read(r.ctx())
-			if err != nil {
-				t.Fatal(err)
-			}
-			var got api.StreamMessage
-			if err := json.Unmarshal(b, &got); err != nil {
-				t.Fatal(err)
-			}
+			got := r.firstAnswer(c, tt.messages...)
 			if got.Type != tt.want || (got.Error != nil && got.Error.Code != string(tt.kind)) {
-				t.Errorf("answer %s, want %s %s", b, tt.want, tt.kind)
+				t.Errorf("answer %+v, want %s %s", got, tt.want, tt.kind)
 			}
 		})
 	}

@@ -23,7 +23,10 @@ type Key struct {
 const keyColumns = `id, name, prefix, hash, created_at, last_used_at`
 
 // AddKey adds a key.
-func (d *DB) AddKey(ctx context.Context, k Key) error { return addKey(ctx, d.write, k) }
+func (d *DB) AddKey(ctx context.Context, k Key) (err error) {
+	defer d.kind(&err)
+	return addKey(ctx, d.write, k)
+}
 
 // ReplaceKey adds a key in place of all others of the same name.
 func (d *DB) ReplaceKey(ctx context.Context, k Key) error {
@@ -50,7 +53,8 @@ func addKey(ctx context.Context, db execer, k Key) error {
 }
 
 // KeyByHash finds the key whose secret has this hash.
-func (d *DB) KeyByHash(ctx context.Context, hash []byte) (Key, error) {
+func (d *DB) KeyByHash(ctx context.Context, hash []byte) (_ Key, err error) {
+	defer d.kind(&err)
 	k, err := scanKey(d.read.QueryRowContext(ctx, `SELECT `+keyColumns+` FROM api_keys WHERE hash = ?`, hash))
 	if errors.Is(err, sql.ErrNoRows) {
 		return Key{}, sandbox.Errorf(sandbox.KindNotFound, "there is no such API key")
@@ -62,7 +66,8 @@ func (d *DB) KeyByHash(ctx context.Context, hash []byte) (Key, error) {
 }
 
 // Keys lists every key, oldest first.
-func (d *DB) Keys(ctx context.Context) ([]Key, error) {
+func (d *DB) Keys(ctx context.Context) (_ []Key, err error) {
+	defer d.kind(&err)
 	rows, err := d.read.QueryContext(ctx, `SELECT `+keyColumns+` FROM api_keys ORDER BY created_at, id`)
 	if err != nil {
 		return nil, fmt.Errorf("list API keys: %w", err)
@@ -82,6 +87,19 @@ func (d *DB) Keys(ctx context.Context) ([]Key, error) {
 	return out, nil
 }
 
+// Key finds a key by its ID.
+func (d *DB) Key(ctx context.Context, id string) (_ Key, err error) {
+	defer d.kind(&err)
+	k, err := scanKey(d.read.QueryRowContext(ctx, `SELECT `+keyColumns+` FROM api_keys WHERE id = ?`, id))
+	if errors.Is(err, sql.ErrNoRows) {
+		return Key{}, sandbox.Errorf(sandbox.KindNotFound, "there is no API key %q", id)
+	}
+	if err != nil {
+		return Key{}, fmt.Errorf("read API key: %w", err)
+	}
+	return k, nil
+}
+
 func scanKey(row interface{ Scan(dest ...any) error }) (Key, error) {
 	var k Key
 	var created, used int64
@@ -93,8 +111,9 @@ func scanKey(row interface{ Scan(dest ...any) error }) (Key, error) {
 }
 
 // TouchKey records that a key was used. An older time never replaces a newer.
-func (d *DB) TouchKey(ctx context.Context, id string, at time.Time) error {
-	_, err := d.write.ExecContext(ctx, `UPDATE api_keys SET last_used_at = ? WHERE id = ? AND last_used_at < ?`,
+func (d *DB) TouchKey(ctx context.Context, id string, at time.Time) (err error) {
+	defer d.kind(&err)
+	_, err = d.write.ExecContext(ctx, `UPDATE api_keys SET last_used_at = ? WHERE id = ? AND last_used_at < ?`,
 		nanos(at), id, nanos(at))
 	if err != nil {
 		return fmt.Errorf("touch API key: %w", err)
@@ -103,7 +122,8 @@ func (d *DB) TouchKey(ctx context.Context, id string, at time.Time) error {
 }
 
 // DeleteKey removes a key.
-func (d *DB) DeleteKey(ctx context.Context, id string) error {
+func (d *DB) DeleteKey(ctx context.Context, id string) (err error) {
+	defer d.kind(&err)
 	res, err := d.write.ExecContext(ctx, `DELETE FROM api_keys WHERE id = ?`, id)
 	if err != nil {
 		return fmt.Errorf("delete API key: %w", err)

@@ -71,7 +71,8 @@ func ParseCursor(s string) (Cursor, error) {
 func CursorOf(s Sandbox) Cursor { return Cursor{CreatedAt: s.CreatedAt, ID: s.ID} }
 
 // Sandboxes lists what passes the filter, newest first.
-func (d *DB) Sandboxes(ctx context.Context, f Filter) ([]Sandbox, error) {
+func (d *DB) Sandboxes(ctx context.Context, f Filter) (_ []Sandbox, err error) {
+	defer d.kind(&err)
 	where, args := f.where()
 	query := `SELECT ` + sandboxColumns + ` FROM sandboxes`
 	if len(where) > 0 {
@@ -86,19 +87,7 @@ func (d *DB) Sandboxes(ctx context.Context, f Filter) ([]Sandbox, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list sandboxes: %w", err)
 	}
-	defer func() { _ = rows.Close() }() // Err below reports what went wrong
-	var out []Sandbox
-	for rows.Next() {
-		s, err := scanSandbox(rows)
-		if err != nil {
-			return nil, fmt.Errorf("list sandboxes: %w", err)
-		}
-		out = append(out, s)
-	}
-	if err := rows.Err(); err != nil {
-		return nil, fmt.Errorf("list sandboxes: %w", err)
-	}
-	return out, nil
+	return scanAll(rows, "list sandboxes", func() (Sandbox, error) { return scanSandbox(rows) })
 }
 
 func (f Filter) where() (where []string, args []any) {
@@ -127,7 +116,8 @@ func (f Filter) where() (where []string, args []any) {
 }
 
 // CountByState says how many sandboxes are in each state that occurs.
-func (d *DB) CountByState(ctx context.Context) (map[sandbox.State]int, error) {
+func (d *DB) CountByState(ctx context.Context) (_ map[sandbox.State]int, err error) {
+	defer d.kind(&err)
 	rows, err := d.read.QueryContext(ctx, `SELECT state, count(*) FROM sandboxes GROUP BY state`)
 	if err != nil {
 		return nil, fmt.Errorf("count sandboxes: %w", err)
@@ -150,7 +140,8 @@ func (d *DB) CountByState(ctx context.Context) (map[sandbox.State]int, error) {
 
 // Forget deletes sandboxes that ended before then, oldest first and at most so
 // many, and says how many it deleted.
-func (d *DB) Forget(ctx context.Context, before time.Time, most int) (int64, error) {
+func (d *DB) Forget(ctx context.Context, before time.Time, most int) (_ int64, err error) {
+	defer d.kind(&err)
 	res, err := d.write.ExecContext(ctx, `DELETE FROM sandboxes WHERE id IN (
 		SELECT id FROM sandboxes WHERE ended_at > 0 AND ended_at < ? ORDER BY ended_at LIMIT ?)`, nanos(before), most)
 	if err != nil {
@@ -160,7 +151,8 @@ func (d *DB) Forget(ctx context.Context, before time.Time, most int) (int64, err
 }
 
 // ForgetIdempotency deletes idempotency keys made before then, at most so many.
-func (d *DB) ForgetIdempotency(ctx context.Context, before time.Time, most int) (int64, error) {
+func (d *DB) ForgetIdempotency(ctx context.Context, before time.Time, most int) (_ int64, err error) {
+	defer d.kind(&err)
 	res, err := d.write.ExecContext(ctx, `DELETE FROM idempotency WHERE (owner, key) IN (
 		SELECT owner, key FROM idempotency WHERE created_at < ? ORDER BY created_at LIMIT ?)`, nanos(before), most)
 	if err != nil {

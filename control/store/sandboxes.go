@@ -25,6 +25,30 @@ type Sandbox struct {
 	CreatedAt   time.Time
 	Deadline    time.Time // zero: none
 	EndedAt     time.Time // zero: it has not ended
+	Frozen      sandbox.Freeze
+
+	Timeout    time.Duration // how long it may run after a create or a resume
+	AutoPause  time.Duration // after how long without activity its host pauses it; 0: never
+	AutoResume bool          // whether a call resumes it
+
+	Work // on the change of state that is under way
+
+	Saved       Saved
+	PausedAt    time.Time // zero: it is not paused
+	PauseReason sandbox.PauseReason
+	PauseError  string        // why its last automatic pause failed
+	Start       sandbox.Start // how it last came to run; empty: its host has not said
+
+	ForkedFrom sandbox.ID // the sandbox that it is a copy of
+	ForkGroup  sandbox.ID // the first copy that the same fork made
+	ForkIndex  int        // its place among these
+}
+
+// Work says who is at a change of state, and until when. Whoever finds it later
+// than that may undo or finish it.
+type Work struct {
+	Owner string
+	Until time.Time
 }
 
 // Idempotency ties a create to a key that its caller chose.
@@ -69,7 +93,8 @@ func (d *DB) CreateSandbox(ctx context.Context, s Sandbox, idem *Idempotency) (_
 
 // Repeated returns the sandbox that an earlier create with this key and this
 // request made, and whether there was one.
-func (d *DB) Repeated(ctx context.Context, idem Idempotency, now time.Time) (Sandbox, bool, error) {
+func (d *DB) Repeated(ctx context.Context, idem Idempotency, now time.Time) (_ Sandbox, _ bool, err error) {
+	defer d.kind(&err)
 	id, err := findIdempotent(ctx, d.read, idem, now)
 	if err != nil || id == "" {
 		return Sandbox{}, false, err
@@ -117,26 +142,30 @@ func insertIdempotent(ctx context.Context, tx *sql.Tx, idem *Idempotency, s Sand
 }
 
 const sandboxColumns = `id, state, version, host, template, vcpus, mem_mib, disk_mib, internet, env, metadata,
-	cause, cause_detail, created_at, deadline, ended_at`
+	cause, cause_detail, created_at, deadline, ended_at, frozen, timeout, auto_pause, auto_resume, owner, until,
+	saved, paused_at, pause_reason, pause_error, started_by, forked_from, fork_group, fork_index`
 
 func insertSandbox(ctx context.Context, tx *sql.Tx, s Sandbox) error {
-	env, err := json.Marshal(orEmpty(s.Spec.Env))
+	env, err := encodeMap("environment", s.Spec.Env)
 	if err != nil {
-		return fmt.Errorf("encode environment: %w", err)
+		return err
 	}
-	meta, err := json.Marshal(orEmpty(s.Metadata))
+	meta, err := encodeMap("metadata", s.Metadata)
 	if err != nil {
-		return fmt.Errorf("encode metadata: %w", err)
+		return err
 	}
-	internet := 0
-	if s.Spec.Network.Internet {
-		internet = 1
+	saved, err := encodeSaved(s.Saved)
+	if err != nil {
+		return err
 	}
 	_, err = tx.ExecContext(ctx, `INSERT INTO sandboxes (`+sandboxColumns+`)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		string(s.ID), string(s.State), s.Version, s.Host, s.Spec.Template, s.Spec.VCPUs, s.Spec.MemMiB, s.Spec.DiskMiB,
-		internet, string(env), string(meta), string(s.Cause), s.CauseDetail,
-		nanos(s.CreatedAt), nanos(s.Deadline), nanos(s.EndedAt))
+		flag(s.Spec.Network.Internet), env, meta, string(s.Cause), s.CauseDetail,
+		nanos(s.CreatedAt), nanos(s.Deadline), nanos(s.EndedAt), string(s.Frozen),
+		int64(s.Timeout), int64(s.AutoPause), flag(s.AutoResume), s.Owner, nanos(s.Until),
+		saved, nanos(s.PausedAt), string(s.PauseReason), s.PauseError, string(s.Start),
+		string(s.ForkedFrom), string(s.ForkGroup), s.ForkIndex)
 	if err != nil {
 		return fmt.Errorf("add sandbox: %w", err)
 	}
@@ -148,6 +177,22 @@ func insertSandbox(ctx context.Context, tx *sql.Tx, s Sandbox) error {
 		}
 	}
 	return nil
+}
+
+func encodeMap(what string, m map[string]string) (string, error) {
+	b, err := json.Marshal(orEmpty(m))
+	if err != nil {
+		return "", fmt.Errorf("encode %s: %w", what, err)
+	}
+	return string(b), nil
+}
+
+// flag is how a database keeps a bool.
+func flag(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
 }
 
 func orEmpty(m map[string]string) map[string]string {
@@ -164,7 +209,8 @@ type querier interface {
 }
 
 // Sandbox returns one sandbox, also an ended one.
-func (d *DB) Sandbox(ctx context.Context, id sandbox.ID) (Sandbox, error) {
+func (d *DB) Sandbox(ctx context.Context, id sandbox.ID) (_ Sandbox, err error) {
+	defer d.kind(&err)
 	return getSandbox(ctx, d.read, id)
 }
 
@@ -181,16 +227,21 @@ func getSandbox(ctx context.Context, q querier, id sandbox.ID) (Sandbox, error) 
 
 func scanSandbox(row interface{ Scan(dest ...any) error }) (Sandbox, error) {
 	var s Sandbox
-	var id, state, cause, env, meta string
-	var internet, created, deadline, ended int64
-	err := row.Scan(&id, &state, &s.Version, &s.Host, &s.Spec.Template, &s.Spec.VCPUs, &s.Spec.MemMiB, &s.Spec.DiskMiB,
-		&internet, &env, &meta, &cause, &s.CauseDetail, &created, &deadline, &ended)
+	var env, meta, saved string
+	var internet, autoResume, created, deadline, ended, until, paused int64
+	err := row.Scan(&s.ID, &s.State, &s.Version, &s.Host, &s.Spec.Template, &s.Spec.VCPUs, &s.Spec.MemMiB, &s.Spec.DiskMiB,
+		&internet, &env, &meta, &s.Cause, &s.CauseDetail, &created, &deadline, &ended, &s.Frozen,
+		&s.Timeout, &s.AutoPause, &autoResume, &s.Owner, &until,
+		&saved, &paused, &s.PauseReason, &s.PauseError, &s.Start, &s.ForkedFrom, &s.ForkGroup, &s.ForkIndex)
 	if err != nil {
 		return Sandbox{}, err
 	}
-	s.ID, s.State, s.Cause = sandbox.ID(id), sandbox.State(state), sandbox.Cause(cause)
-	s.Spec.Network.Internet = internet != 0
+	s.Spec.Network.Internet, s.AutoResume = internet != 0, autoResume != 0
 	s.CreatedAt, s.Deadline, s.EndedAt = fromNanos(created), fromNanos(deadline), fromNanos(ended)
+	s.Until, s.PausedAt = fromNanos(until), fromNanos(paused)
+	if s.Saved, err = decodeSaved(saved); err != nil {
+		return Sandbox{}, err
+	}
 	if err := json.Unmarshal([]byte(env), &s.Spec.Env); err != nil {
 		return Sandbox{}, fmt.Errorf("decode environment: %w", err)
 	}

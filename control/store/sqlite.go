@@ -27,6 +27,8 @@ const readers = 8
 // brings it to the newest schema. Another process may have it open too, to make
 // a key for example: SQLite's locks put the writers in order.
 func OpenSQLite(ctx context.Context, path string) (_ *DB, err error) {
+	d := &DB{path: path}
+	defer d.kind(&err)
 	if err := ownFile(path); err != nil {
 		return nil, err
 	}
@@ -34,7 +36,7 @@ func OpenSQLite(ctx context.Context, path string) (_ *DB, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("open database %s: %w", path, err)
 	}
-	d := &DB{write: write, read: write}
+	d.write, d.read = write, write
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.Close())
@@ -70,7 +72,8 @@ func ownFile(path string) error {
 
 // sqliteURL asks for a log that is on disk before a commit returns
 // (synchronous=FULL in WAL mode), for real foreign keys, and for transactions
-// that take the write lock when they begin.
+// that take the write lock when they begin. What is deleted is overwritten with
+// zeros, so that no secret stays in a free page.
 func sqliteURL(path, mode string) string {
 	q := url.Values{
 		"mode":    {mode},
@@ -81,10 +84,21 @@ func sqliteURL(path, mode string) string {
 		q.Set("_txlock", "deferred")
 		q["_pragma"] = append(q["_pragma"], "query_only(1)")
 	} else {
-		q["_pragma"] = append(q["_pragma"], "journal_mode(WAL)")
+		q["_pragma"] = append(q["_pragma"], "journal_mode(WAL)", "secure_delete(1)")
 	}
 	u := url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath(), RawQuery: q.Encode()}
 	return u.String()
+}
+
+// Checkpoint moves what is in the log into the database and empties the log,
+// which has old pages in it: also those with what was wiped since.
+func (d *DB) Checkpoint(ctx context.Context) (err error) {
+	defer d.kind(&err)
+	var busy, frames, moved int
+	if err := d.write.QueryRowContext(ctx, "PRAGMA wal_checkpoint(TRUNCATE)").Scan(&busy, &frames, &moved); err != nil {
+		return fmt.Errorf("checkpoint database: %w", err)
+	}
+	return nil // a reader that is in the way now is not the next time
 }
 
 // migrate refuses a database that a newer version of us has already changed.

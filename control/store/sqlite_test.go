@@ -1,12 +1,18 @@
 package store_test
 
 import (
+	"bytes"
 	"context"
 	"database/sql"
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
+
+	"github.com/pressly/goose/v3"
 
 	"github.com/dormouse-sandbox/dormouse/control/store"
 	"github.com/dormouse-sandbox/dormouse/control/store/storetest"
@@ -75,6 +81,97 @@ func TestSQLiteRefusesANewerSchema(t *testing.T) {
 	}
 	if _, err := store.OpenSQLite(context.Background(), path); !sandbox.Is(err, sandbox.KindUnsupported) {
 		t.Errorf("a newer schema: %v", err)
+	}
+}
+
+// holds says in which of a database's files a secret is.
+func holds(t *testing.T, path, secret string) (in []string) {
+	t.Helper()
+	for _, name := range []string{path, path + "-wal"} {
+		b, err := os.ReadFile(name)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Fatal(err)
+		}
+		if bytes.Contains(b, []byte(secret)) {
+			in = append(in, name)
+		}
+	}
+	return in
+}
+
+func withEnv(t *testing.T, db *store.DB, env map[string]string) store.Sandbox {
+	t.Helper()
+	s, _, err := db.CreateSandbox(t.Context(), store.Sandbox{
+		ID: sandbox.NewID(), State: sandbox.Creating, Host: "h", CreatedAt: time.Now(), Spec: sandbox.Spec{Template: "base", Env: env},
+	}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func TestSQLiteKeepsNoSecretOfWhatEnded(t *testing.T) {
+	const secret = "hunter2hunter2"
+	path := filepath.Join(t.TempDir(), "db")
+	db := open(t, path)
+	for _, env := range []string{secret, strings.Repeat(secret, 4000)} { // within a page, and over several
+		s := withEnv(t, db, map[string]string{"TOKEN": env})
+		if err := db.Checkpoint(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if len(holds(t, path, secret)) == 0 {
+			t.Fatal("this test does not see what is in the file")
+		}
+		if _, err := db.End(t.Context(), s, sandbox.CauseUser, "", time.Now()); err != nil {
+			t.Fatal(err)
+		}
+		if err := db.Checkpoint(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if in := holds(t, path, secret); len(in) > 0 {
+			t.Errorf("after the end the secret is in %v", in)
+		}
+	}
+}
+
+// A database of the version before kept environments for as long as the rows.
+func TestSQLiteMigrationWipesWhatHasEnded(t *testing.T) {
+	const secret, kept = "hunter2hunter2", "still-needed"
+	path := filepath.Join(t.TempDir(), "db")
+	db := open(t, path)
+	ended, running := withEnv(t, db, nil), withEnv(t, db, map[string]string{"A": kept})
+	if _, err := db.End(t.Context(), ended, sandbox.CauseVMMCrash, "", time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	raw, err := sql.Open("sqlite", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	schema, err := goose.NewProvider(goose.DialectSQLite3, raw, os.DirFS("migrations/sqlite"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := schema.DownTo(t.Context(), 1); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := raw.Exec(`UPDATE sandboxes SET env = '{"TOKEN":"` + secret + `"}' WHERE id = '` + string(ended.ID) + `'`); err != nil {
+		t.Fatal(err)
+	}
+	if err := raw.Close(); err != nil {
+		t.Fatal(err)
+	}
+	db = open(t, path)
+	if err := db.Checkpoint(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if in := holds(t, path, secret); len(in) > 0 {
+		t.Errorf("after the migration the secret is in %v", in)
+	}
+	if s, err := db.Sandbox(t.Context(), running.ID); err != nil || s.Spec.Env["A"] != kept {
+		t.Errorf("what has not ended has the environment %v, %v", s.Spec.Env, err)
 	}
 }
 

@@ -1,12 +1,13 @@
-// Package store is the database of the control plane: the sandboxes that were
-// asked for, the API keys, and which idempotency key made which sandbox.
+// Package store is the database of the control plane: the sandboxes and snapshots
+// that were asked for, the API keys, and which idempotency key made what.
 //
 // It promises that a state changes only by compare-and-set on (state, version)
 // and only along sandbox.State.CanBecome; that every method is one transaction,
 // durable when it returns, so that a process killed between any two of them
 // leaves a state that the reconciler can go on from; and that the record of an
-// ended sandbox stays until its retention is over. It knows nothing of hosts or
-// HTTP.
+// ended sandbox stays until its retention is over. On a full disk it answers
+// no_space, keeps what it has, and goes on once there is room. It knows nothing of
+// hosts or HTTP.
 //
 // SQLite is the one database for now. What differs between databases is in
 // sqlite.go and migrations/; package storetest says what another one must do.
@@ -26,6 +27,7 @@ import (
 type DB struct {
 	write *sql.DB // one connection, so that writers queue here and not in busy loops
 	read  *sql.DB
+	path  string // of the file
 }
 
 // Close closes the database. It may be called twice.
@@ -37,7 +39,8 @@ func (d *DB) Close() error {
 func (d *DB) Ping(ctx context.Context) error { return d.read.PingContext(ctx) }
 
 // inTx runs fn in one transaction. fn's error undoes it.
-func (d *DB) inTx(ctx context.Context, fn func(*sql.Tx) error) error {
+func (d *DB) inTx(ctx context.Context, fn func(*sql.Tx) error) (err error) {
+	defer d.kind(&err)
 	tx, err := d.write.BeginTx(ctx, nil)
 	if err != nil {
 		return fmt.Errorf("begin transaction: %w", err)
@@ -54,8 +57,8 @@ func (d *DB) inTx(ctx context.Context, fn func(*sql.Tx) error) error {
 
 // Conditions that callers look for with errors.Is.
 var (
-	// ErrStale means that somebody else changed the sandbox since it was read.
-	ErrStale = sandbox.Errorf(sandbox.KindConflict, "the sandbox was changed by somebody else meanwhile")
+	// ErrStale means that somebody else changed the row since it was read.
+	ErrStale = sandbox.Errorf(sandbox.KindConflict, "it was changed by somebody else meanwhile")
 	// ErrReused means that an idempotency key came back with another request.
 	ErrReused = sandbox.Errorf(sandbox.KindConflict, "the idempotency key was used before, with another request")
 )

@@ -27,6 +27,7 @@ func Run(t *testing.T, open Open) {
 	for name, fn := range map[string]func(*testing.T, Open){
 		"a sandbox comes back as it was":           testRoundTrip,
 		"only allowed transitions":                 testTransitions,
+		"what is frozen says so until it ends":     testFrozen,
 		"one of many writers wins":                 testCompareAndSet,
 		"an end is kept":                           testEnd,
 		"pages are stable":                         testPages,
@@ -37,8 +38,24 @@ func Run(t *testing.T, open Open) {
 		"what was written is there after an open":  testReopen,
 		"a cancelled context writes nothing":       testCancelled,
 		"readers do not wait for a writer's queue": testConcurrency,
+		"a pause and a resume are kept":            testPause,
+		"a host may be ahead of the record":        testThrough,
+		"work is known, and over with its state":   testWork,
+		"limits":                                   testLimits,
+		"a fork is added whole":                    testFork,
+		"a snapshot comes back as it was":          testSnapshot,
+		"a snapshot changes by compare-and-set":    testSnapshotStates,
+		"what is needed is not deleted":            testDependants,
 	} {
 		t.Run(name, func(t *testing.T) { fn(t, open) })
+	}
+}
+
+// saved is the pause point of a generation.
+func saved(generation int) store.Saved {
+	return store.Saved{
+		At: epoch.Add(time.Duration(generation) * time.Hour), Generation: generation, MemoryBytes: 3 << 20, DiskBytes: 2 << 20, OwnBytes: 1 << 20,
+		MemoryDigest: fmt.Sprintf("m%d", generation), DiskDigest: "d", ParentDigest: "p", Compat: "fake 1", Durability: sandbox.DurableLocal,
 	}
 }
 
@@ -80,6 +97,11 @@ func testRoundTrip(t *testing.T, open Open) {
 	}
 	want.Metadata = map[string]string{"k": "v", "'; DROP TABLE sandboxes; --": "x"}
 	want.Deadline = epoch.Add(time.Hour)
+	want.Timeout, want.AutoPause, want.AutoResume = time.Minute, 7*time.Second, true
+	want.Work = store.Work{Owner: "me", Until: epoch.Add(time.Minute)}
+	want.Saved = saved(3)
+	want.PausedAt, want.PauseReason, want.PauseError, want.Start = epoch, sandbox.PauseIdle, "no space", sandbox.StartFork
+	want.ForkedFrom, want.ForkGroup, want.ForkIndex = sandbox.NewID(), want.ID, 9
 	add(t, db, want)
 	want.Version = 1
 	if diff := cmp.Diff(want, must[store.Sandbox](t)(db.Sandbox(t.Context(), want.ID))); diff != "" {
@@ -90,6 +112,22 @@ func testRoundTrip(t *testing.T, open Open) {
 	}
 	if _, _, err := db.CreateSandbox(t.Context(), want, nil); err == nil {
 		t.Error("the same ID was added twice")
+	}
+}
+
+func testFrozen(t *testing.T, open Open) {
+	db := open(t, "a")
+	s := must[store.Sandbox](t)(db.Running(t.Context(), add(t, db, row(epoch)), epoch))
+	frozen := must[store.Sandbox](t)(db.SetFrozen(t.Context(), s, sandbox.FreezeNoSpace))
+	if got := must[store.Sandbox](t)(db.Sandbox(t.Context(), s.ID)); got.Frozen != sandbox.FreezeNoSpace || got.State != sandbox.Running {
+		t.Errorf("after it was frozen: %+v", got)
+	}
+	if _, err := db.SetFrozen(t.Context(), s, ""); !errors.Is(err, store.ErrStale) {
+		t.Errorf("an old version: %v", err)
+	}
+	ended := must[store.Sandbox](t)(db.End(t.Context(), frozen, sandbox.CauseVMMCrash, "", epoch))
+	if got := must[store.Sandbox](t)(db.Sandbox(t.Context(), s.ID)); got.Frozen != "" || ended.Frozen != "" {
+		t.Errorf("an ended one still says %q", got.Frozen)
 	}
 }
 
@@ -147,11 +185,17 @@ func testCompareAndSet(t *testing.T, open Open) {
 func testEnd(t *testing.T, open Open) {
 	db := open(t, "a")
 	for _, cause := range []sandbox.Cause{sandbox.CauseUser, sandbox.CauseTTL, sandbox.CauseVMMCrash, sandbox.CauseCreateFailed} {
-		s := add(t, db, row(epoch))
+		secret := row(epoch)
+		secret.Spec.Env["TOKEN"] = "secret"
+		s := add(t, db, secret)
 		long := string(make([]byte, 100_000)) + "the reason"
 		after := must[store.Sandbox](t)(db.End(t.Context(), s, cause, long, epoch.Add(time.Minute)))
 		if after.State != cause.End() || after.Cause != cause || !after.EndedAt.Equal(epoch.Add(time.Minute)) {
 			t.Errorf("%s: %+v", cause, after)
+		}
+		kept := must[store.Sandbox](t)(db.Sandbox(t.Context(), s.ID))
+		if diff := cmp.Diff(after, kept); diff != "" || len(kept.Spec.Env) > 0 {
+			t.Errorf("%s: the row has the environment %v and differs (-returned +kept):\n%s", cause, kept.Spec.Env, diff)
 		}
 		if n := len(after.CauseDetail); n > store.MaxCauseDetail || after.CauseDetail[n-len("the reason"):] != "the reason" {
 			t.Errorf("%s: the detail has %d bytes and ends in %q", cause, n, after.CauseDetail[max(0, n-20):])
@@ -321,6 +365,12 @@ func testKeys(t *testing.T, open Open) {
 	}
 	if diff := cmp.Diff(k, must[store.Key](t)(db.KeyByHash(t.Context(), []byte("hash")))); diff != "" {
 		t.Errorf("(-put +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(k, must[store.Key](t)(db.Key(t.Context(), k.ID))); diff != "" {
+		t.Errorf("by its ID (-added +read):\n%s", diff)
+	}
+	if _, err := db.Key(t.Context(), "other"); !sandbox.Is(err, sandbox.KindNotFound) {
+		t.Errorf("another key's ID: %v", err)
 	}
 	if _, err := db.KeyByHash(t.Context(), []byte("other")); !sandbox.Is(err, sandbox.KindNotFound) {
 		t.Errorf("an unknown hash: %v", err)
