@@ -22,6 +22,7 @@ const (
 	MaxPageSize       = 1000
 	MaxIdempotencyKey = 128
 	MaxUserName       = 32
+	MaxPort           = 65535
 )
 
 // Header names.
@@ -29,10 +30,21 @@ const (
 	HeaderIdempotencyKey = "Idempotency-Key"
 	HeaderNextOffset     = "Dormouse-Next-Offset" // of GET …/logs: where to read on
 	HeaderRequestID      = "X-Request-Id"
+	HeaderToken          = "X-Dormouse-Token" // of a port; instead of an API key
+)
+
+// CookieToken has the token of a port that is visited by its host name, and
+// ParamLink is the parameter of a link that is exchanged for it.
+const (
+	CookieToken = "dormouse_token"
+	ParamLink   = "dormouse_link"
 )
 
 // KeyPrefix begins every API key, so that scanners of leaked secrets find them.
 const KeyPrefix = "dm_"
+
+// TokenPrefix begins every token of a sandbox's ports.
+const TokenPrefix = "dmt_"
 
 // Error is the body of every error answer.
 type Error struct {
@@ -44,6 +56,7 @@ type ErrorDetail struct {
 	Code      string `json:"code"`
 	Message   string `json:"message"`
 	SandboxID string `json:"sandbox_id,omitempty"` // of a create that failed: its cause can be read there
+	Step      string `json:"step,omitempty"`       // of a build that failed: where
 }
 
 var statuses = map[sandbox.Kind]int{
@@ -52,12 +65,14 @@ var statuses = map[sandbox.Kind]int{
 	sandbox.KindNotFound:     http.StatusNotFound,
 	sandbox.KindExists:       http.StatusConflict,
 	sandbox.KindConflict:     http.StatusConflict,
+	sandbox.KindPaused:       http.StatusConflict,
 	sandbox.KindBusy:         http.StatusTooManyRequests,
 	sandbox.KindTooLarge:     http.StatusRequestEntityTooLarge,
 	sandbox.KindNoSpace:      http.StatusInsufficientStorage,
 	sandbox.KindTimeout:      http.StatusGatewayTimeout,
 	sandbox.KindUnsupported:  http.StatusNotImplemented,
 	sandbox.KindTransient:    http.StatusServiceUnavailable,
+	sandbox.KindUnanswered:   http.StatusBadGateway,
 	sandbox.KindInternal:     http.StatusInternalServerError,
 }
 

@@ -51,16 +51,37 @@ var bodies = []any{
 	api.Exec{},
 	api.ExecResult{},
 	api.StreamMessage{},
+	api.TerminalSize{},
 	api.File{},
 	api.FileList{},
+	api.FileEvent{},
 	api.PathRequest{},
 	api.MoveRequest{},
 	api.Written{},
+	api.OpenPort{},
+	api.Port{},
 	api.Timeout{},
+	api.Saved{},
+	api.SaveReport{},
+	api.Resume{},
+	api.Fork{},
+	api.Forked{},
+	api.Copy{},
+	api.CreateSnapshot{},
+	api.Snapshot{},
+	api.SnapshotList{},
+	api.Verified{},
+	api.Damage{},
+	api.SnapshotTree{},
+	api.SnapshotNode{},
 	api.Ping{},
 	api.Metrics{},
 	api.Template{},
+	api.Healthcheck{},
 	api.TemplateList{},
+	api.BuildTemplate{},
+	api.RegistryLogin{},
+	api.BuildEvent{},
 	api.Host{},
 	api.CreateKey{},
 	api.Key{},
@@ -161,6 +182,18 @@ func TestEnumsAreComplete(t *testing.T) {
 	}
 	if diff := cmp.Diff(states, have["Sandbox"].Properties["state"].Enum); diff != "" {
 		t.Errorf("states (-Go +OpenAPI):\n%s", diff)
+	}
+	var snapshotStates []string
+	for _, s := range sandbox.SnapshotStates() {
+		snapshotStates = append(snapshotStates, string(s))
+	}
+	if diff := cmp.Diff(snapshotStates, have["Snapshot"].Properties["state"].Enum); diff != "" {
+		t.Errorf("states of snapshots (-Go +OpenAPI):\n%s", diff)
+	}
+	for _, start := range have["Sandbox"].Properties["started_by"].Enum {
+		if !sandbox.Start(start).Valid() {
+			t.Errorf("start %q is unknown", start)
+		}
 	}
 	for _, c := range have["Sandbox"].Properties["cause"].Enum {
 		if !sandbox.Cause(c).Valid() {

@@ -10,6 +10,7 @@ package client
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -89,6 +90,8 @@ type call struct {
 	header http.Header
 	in     any       // a JSON body
 	raw    io.Reader // or a raw one
+
+	contentType string // of the raw body; empty: application/octet-stream
 }
 
 func (c *Client) request(ctx context.Context, k call) (*http.Request, error) {
@@ -115,7 +118,7 @@ func (c *Client) request(ctx context.Context, k call) (*http.Request, error) {
 	case k.in != nil:
 		req.Header.Set("Content-Type", "application/json")
 	case k.raw != nil:
-		req.Header.Set("Content-Type", "application/octet-stream")
+		req.Header.Set("Content-Type", cmp.Or(k.contentType, "application/octet-stream"))
 		req.Header.Set("Expect", "100-continue") // an early refusal arrives before the upload starts
 	}
 	c.authorize(req.Header)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"slices"
 
 	"github.com/dormouse-sandbox/dormouse/api"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
@@ -17,6 +18,7 @@ type Error struct {
 	Message   string
 	Status    int    // of HTTP; 0 when it arrived inside a stream
 	SandboxID string // of a create that failed, and still can be asked about
+	Step      string // of a build that failed: where
 	RequestID string // what the server's log calls the request
 }
 
@@ -36,7 +38,10 @@ func (e *Error) Unwrap() error {
 // wrote and that is not ours.
 func readError(resp *http.Response) error {
 	const most = 64 << 10
-	e := &Error{Status: resp.StatusCode, RequestID: resp.Header.Get(api.HeaderRequestID)}
+	e := &Error{
+		Kind: kindOfStatus(resp.StatusCode), Status: resp.StatusCode, Message: "the server answered " + resp.Status,
+		RequestID: resp.Header.Get(api.HeaderRequestID),
+	}
 	body, err := io.ReadAll(io.LimitReader(resp.Body, most))
 	var answer api.Error
 	if err == nil {
@@ -44,19 +49,27 @@ func readError(resp *http.Response) error {
 	}
 	if err == nil && answer.Error.Code != "" {
 		e.fill(answer.Error)
-		return e
 	}
-	e.Kind = kindOfStatus(resp.StatusCode)
-	e.Message = "the server answered " + resp.Status
 	return e
 }
 
+// fill takes over what a server says. One that is newer may have kinds that are
+// not known here; what e holds then stands for them.
 func (e *Error) fill(d api.ErrorDetail) {
-	e.Kind, e.Message, e.SandboxID = sandbox.Kind(d.Code), d.Message, d.SandboxID
+	if kind := sandbox.Kind(d.Code); slices.Contains(sandbox.Kinds(), kind) {
+		e.Kind = kind
+	}
+	if d.Message != "" {
+		e.Message = d.Message
+	}
+	e.SandboxID, e.Step = d.SandboxID, d.Step
 }
 
 // kindOfStatus guesses the kind of an answer that does not name it.
 func kindOfStatus(status int) sandbox.Kind {
+	if status == http.StatusBadGateway { // not unanswered: that is for what runs in a sandbox
+		return sandbox.KindTransient
+	}
 	for _, kind := range sandbox.Kinds() {
 		if api.Status(kind) == status {
 			return kind
@@ -65,8 +78,6 @@ func kindOfStatus(status int) sandbox.Kind {
 	switch {
 	case status == http.StatusForbidden:
 		return sandbox.KindUnauthorized
-	case status == http.StatusBadGateway:
-		return sandbox.KindTransient
 	case status >= 400 && status < 500:
 		return sandbox.KindInvalid
 	}

@@ -8,6 +8,8 @@ import (
 	"io"
 	"net/http"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/coder/websocket"
 
@@ -39,8 +41,12 @@ type Stream struct {
 	ctx    context.Context // of the ExecStream call, which bounds the whole stream
 	cancel context.CancelFunc
 	opts   StreamOptions
+	tty    bool // messages of bytes are of one channel only
 	pid    uint32
 	window window
+
+	patience time.Duration // with a server that says nothing; 0: without end
+	silent   atomic.Bool   // it was at an end
 
 	done chan struct{} // closed when the fields below are set
 	exit Exit
@@ -54,20 +60,24 @@ const stdinChunk = 64 << 10
 // whole stream: when it ends, or after Close, the server kills the command.
 // The caller must Wait or Close.
 func (c *Client) ExecStream(ctx context.Context, id string, req api.Exec, opts StreamOptions) (*Stream, error) {
-	path, err := sandboxPath(id, "/exec/stream")
+	return c.stream(ctx, id, "/exec/stream", &Stream{opts: opts}, api.StreamMessage{Type: api.StreamStart, Exec: &req, Stdin: opts.Stdin})
+}
+
+// stream opens a stream and returns once its command runs.
+func (c *Client) stream(ctx context.Context, id, at string, s *Stream, first api.StreamMessage) (*Stream, error) {
+	path, err := sandboxPath(id, at)
 	if err != nil {
 		return nil, err
 	}
-	conn, err := c.dial(ctx, path)
-	if err != nil {
+	if s.conn, err = c.dial(ctx, path); err != nil {
 		return nil, err
 	}
-	s := &Stream{conn: conn, opts: opts, done: make(chan struct{})}
+	s.done = make(chan struct{})
 	s.ctx, s.cancel = context.WithCancel(ctx)
 	s.window.init()
-	if err := s.start(req); err != nil {
+	if err := s.start(first); err != nil {
 		s.cancel()
-		_ = conn.CloseNow() // the first error is the one to report
+		_ = s.conn.CloseNow() // the first error is the one to report
 		return nil, err
 	}
 	go s.pump()
@@ -89,8 +99,8 @@ func (c *Client) dial(ctx context.Context, path string) (*websocket.Conn, error)
 }
 
 // start asks for the command and waits until it runs.
-func (s *Stream) start(req api.Exec) error {
-	if err := s.sendText(s.ctx, api.StreamMessage{Type: api.StreamStart, Exec: &req, Stdin: s.opts.Stdin}); err != nil {
+func (s *Stream) start(first api.StreamMessage) error {
+	if err := s.sendText(s.ctx, first); err != nil {
 		return err
 	}
 	for {
@@ -168,7 +178,11 @@ func (s *Stream) Write(p []byte) (int, error) {
 		if !s.window.take(n) {
 			return written, s.ended("write input")
 		}
-		buf = append(append(buf[:0], api.ChannelStdin), p[written:written+n]...)
+		buf = buf[:0]
+		if !s.tty {
+			buf = append(buf, api.ChannelStdin)
+		}
+		buf = append(buf, p[written:written+n]...)
 		if err := s.conn.Write(s.ctx, websocket.MessageBinary, buf); err != nil {
 			return written, s.writeError("write input", err)
 		}
@@ -217,13 +231,9 @@ func (s *Stream) pump() {
 func (s *Stream) receive() (Exit, error) {
 	var buf bytes.Buffer // reused: messages are bounded by the read limit
 	for {
-		typ, r, err := s.conn.Reader(s.ctx)
-		if err == nil {
-			buf.Reset()
-			_, err = buf.ReadFrom(r)
-		}
+		typ, err := s.next(&buf)
 		if err != nil {
-			return Exit{}, networkError(s.ctx, "read stream", err)
+			return Exit{}, err
 		}
 		if typ == websocket.MessageBinary {
 			if err := s.output(buf.Bytes()); err != nil {
@@ -246,6 +256,25 @@ func (s *Stream) receive() (Exit, error) {
 	}
 }
 
+// next reads a message.
+func (s *Stream) next(buf *bytes.Buffer) (websocket.MessageType, error) {
+	if s.patience > 0 {
+		defer time.AfterFunc(s.patience, func() { s.silent.Store(true); s.cancel() }).Stop()
+	}
+	typ, r, err := s.conn.Reader(s.ctx)
+	if err == nil {
+		buf.Reset()
+		_, err = buf.ReadFrom(r)
+	}
+	switch {
+	case err == nil:
+		return typ, nil
+	case s.silent.Load():
+		return typ, sandbox.Errorf(sandbox.KindTransient, "read stream: the server has said nothing for %v", s.patience)
+	}
+	return typ, networkError(s.ctx, "read stream", err)
+}
+
 func exitOf(msg api.StreamMessage) Exit {
 	e := Exit{Code: -1, Status: msg.Status, TimedOut: msg.TimedOut}
 	if msg.ExitCode != nil {
@@ -256,22 +285,24 @@ func exitOf(msg api.StreamMessage) Exit {
 
 // output hands one message's bytes to its writer.
 func (s *Stream) output(data []byte) error {
-	if len(data) == 0 {
-		return sandbox.Errorf(sandbox.KindInternal, "read stream: an empty binary message")
-	}
-	var w io.Writer
-	switch data[0] {
-	case api.ChannelStdout:
-		w = s.opts.Stdout
-	case api.ChannelStderr:
-		w = s.opts.Stderr
-	default:
-		return nil // a channel of a newer server
+	w := s.opts.Stdout
+	if !s.tty {
+		if len(data) == 0 {
+			return sandbox.Errorf(sandbox.KindInternal, "read stream: an empty binary message")
+		}
+		switch data[0] {
+		case api.ChannelStdout:
+		case api.ChannelStderr:
+			w = s.opts.Stderr
+		default:
+			return nil // a channel of a newer server
+		}
+		data = data[1:]
 	}
 	if w == nil {
 		return nil
 	}
-	if _, err := w.Write(data[1:]); err != nil {
+	if _, err := w.Write(data); err != nil {
 		return fmt.Errorf("write output: %w", err)
 	}
 	return nil
