@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -113,6 +114,50 @@ func completeIDs(most int, files bool) completion {
 		}
 		return out, rest
 	}
+}
+
+// completeStates offers the IDs of sandboxes in some states, but none twice.
+func completeStates(most int, states ...string) completion {
+	all := completeIDs(most, false)
+	return func(cmd *cobra.Command, given []string, typed string) ([]string, cobra.ShellCompDirective) {
+		offered, rest := all(cmd, given, typed)
+		return slices.DeleteFunc(offered, func(line string) bool {
+			id, about, _ := strings.Cut(line, "\t")
+			return slices.Contains(given, id) || !slices.ContainsFunc(states, func(state string) bool { return strings.HasSuffix(about, " "+state) })
+		}), rest
+	}
+}
+
+// completeSnapshots offers the names of snapshots for as many arguments as most
+// says.
+func completeSnapshots(most int) completion {
+	return func(_ *cobra.Command, given []string, typed string) ([]string, cobra.ShellCompDirective) {
+		const rest = cobra.ShellCompDirectiveNoFileComp
+		c, err := connect()
+		if err != nil || len(given) >= most {
+			return nil, rest
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), completionLimit)
+		defer cancel()
+		list, err := c.Snapshots(ctx)
+		if err != nil {
+			return nil, rest
+		}
+		var out []string
+		for _, s := range list {
+			if strings.HasPrefix(s.Name, typed) && !slices.Contains(given, s.Name) {
+				out = append(out, s.Name+"\tof "+s.SandboxID)
+			}
+		}
+		return out, rest
+	}
+}
+
+// completeSources offers what a sandbox can be made from as the first argument.
+func completeSources(cmd *cobra.Command, given []string, typed string) ([]string, cobra.ShellCompDirective) {
+	images, rest := completeTemplates(cmd, given, typed)
+	snapshots, _ := completeSnapshots(1)(cmd, given, typed)
+	return append(images, snapshots...), rest
 }
 
 // completeTemplates offers the names of templates as the first argument.

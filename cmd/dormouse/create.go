@@ -16,12 +16,14 @@ import (
 func newCreateCommand() *cobra.Command {
 	var what shape
 	cmd := &cobra.Command{
-		Use:               "create [TEMPLATE]",
-		Short:             "Create a sandbox and print its ID",
-		Long:              "Create a sandbox and print its ID once it runs. Without a template it is made from " + sandbox.DefaultTemplate + ".",
-		Example:           "  id=$(dormouse create base --mem 1GiB --timeout 1h)",
+		Use:   "create [TEMPLATE | SNAPSHOT]",
+		Short: "Create a sandbox and print its ID",
+		Long: "Create a sandbox and print its ID once it runs. Without a template it is made from " + sandbox.DefaultTemplate + `.
+One that is made from a snapshot goes on where that was taken, with the vCPUs and
+the memory that it was taken with.`,
+		Example:           "  id=$(dormouse create base --mem 1GiB --timeout 1h)\n  dormouse create with-deps --auto-pause 10m",
 		Args:              args(cobra.MaximumNArgs(1)),
-		ValidArgsFunction: completeTemplates,
+		ValidArgsFunction: completeSources,
 		RunE: verb(func(cmd *cobra.Command, c *client.Client, given []string) error {
 			template := sandbox.DefaultTemplate
 			if len(given) == 1 {

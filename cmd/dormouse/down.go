@@ -9,7 +9,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/dormouse-sandbox/dormouse/disk/qcow"
 	"github.com/dormouse-sandbox/dormouse/host"
 	"github.com/dormouse-sandbox/dormouse/internal/osfs"
 	"github.com/dormouse-sandbox/dormouse/internal/undo"
@@ -62,10 +61,13 @@ func down(ctx context.Context, cmd *cobra.Command, inst instance) error {
 	if err != nil {
 		return err
 	}
+	if err := stopPages(ctx, inst); err != nil {
+		return fmt.Errorf("stop the page server: %w", err)
+	}
 	if err := netns.Remove(ctx, netns.Config{Instance: inst.name}); err != nil {
 		return fmt.Errorf("remove networks: %w", err)
 	}
-	if err := errors.Join(os.RemoveAll(inst.runDir()), osfs.Remove("server-state", inst.statePath())); err != nil {
+	if err := errors.Join(os.RemoveAll(inst.runDir()), os.RemoveAll(inst.nodeDir()), osfs.Remove("server-state", inst.statePath())); err != nil {
 		return err
 	}
 	what := "server was not running"
@@ -94,12 +96,25 @@ func endAll(ctx context.Context, inst instance) (ended int, err error) {
 		return 0, fmt.Errorf("open networks: %w", err)
 	}
 	u.PushClose("networks", networks.Close)
-	disks, err := qcow.New(qcow.Config{})
+	groups, noGroups, closeGroups, err := openGroups(inst.name)
 	if err != nil {
 		return 0, err
 	}
+	u.PushClose("control groups", closeGroups)
+	disks, err := openDisks(diskAuto, inst, log)
+	if err != nil {
+		return 0, err
+	}
+	u.PushClose("disks", disks.close)
+	kept, err := openStore(inst)
+	if err != nil {
+		return 0, err
+	}
+	u.PushClose("snapshots", kept.Close)
 	agent, err := host.Open(ctx, host.Config{
-		Dir: inst.hostDir(), RunDir: inst.runDir(), Instance: inst.name, VMM: driver, Disks: disks,
+		Snapshots: kept,
+		Dir:       inst.hostDir(), RunDir: inst.runDir(), Instance: inst.name, VMM: driver,
+		Disks: disks.drivers, Groups: groups, GroupsReason: noGroups,
 		Networks: host.Slots{Network: networks}, UIDBase: inst.uidBase(), Log: log,
 	})
 	if err != nil {

@@ -16,13 +16,30 @@ import (
 // execFlags is how a command is run; run and exec share most of it.
 type execFlags struct {
 	interactive bool
+	tty         bool
+	keep        bool // beyond us; for a terminal only
 	user, cwd   string
 }
 
 func (f *execFlags) register(cmd *cobra.Command) {
 	cmd.Flags().BoolVarP(&f.interactive, "interactive", "i", false, "forward standard input even from a terminal")
+	cmd.Flags().BoolVarP(&f.tty, "tty", "t", false, "give the command a terminal, with -i ours; without a command a login shell")
 	cmd.Flags().StringVarP(&f.user, "user", "u", "", "user to run as (default: the template's)")
 	cmd.Flags().StringVarP(&f.cwd, "workdir", "w", "", "directory to run in (default: the template's)")
+}
+
+// check refuses what does not go together, before anything is asked of a server.
+func (f *execFlags) check(cmd *cobra.Command) error {
+	switch {
+	case f.keep && !f.tty:
+		return usage(cmd, "--keep is for a command in a terminal, with -t")
+	case f.tty && asJSON(cmd):
+		return usage(cmd, "a terminal has no --json")
+	case f.tty && f.interactive && !isTerminal(cmd.InOrStdin()):
+		return sandbox.Errorf(sandbox.KindInvalid,
+			"standard input is not a terminal, and -i with -t needs one: leave out -t to pipe input into the command, or -i to type nothing")
+	}
+	return nil
 }
 
 // forwards says whether our standard input becomes the command's: always from a
@@ -43,11 +60,20 @@ func newExecCommand() *cobra.Command {
 		Long: `Run a command in a sandbox, with its output as it comes, and exit with its status.
 
 Standard input is forwarded unless it is a terminal; -i forwards it from there too.
-The status is 124 when --timeout passed, and 125 when the command could not be run.`,
-		Example:           "  dormouse exec 7kq2 -- python3 -c 'print(6*7)'\n  tar cz . | dormouse exec 7kq2 -w /home/user -- tar xz",
+The status is 124 when --timeout passed, and 125 when the command could not be run.
+
+With -t the command has a terminal, and with -it it is joined with ours: keys go to
+the command as they are typed, Ctrl-C and Ctrl-Z too, and it learns of every change
+of our window's size. Our terminal is put back however that ends. Without a command
+it is the login shell of the user. With --keep the command goes on when we are
+ended or the connection is lost; dormouse attach finds it again.`,
+		Example:           "  dormouse exec 7kq2 -- python3 -c 'print(6*7)'\n  dormouse exec -it 7kq2\n  tar cz . | dormouse exec 7kq2 -w /home/user -- tar xz",
 		Args:              commandArgs,
 		ValidArgsFunction: completeIDs(1, false),
 		RunE: func(cmd *cobra.Command, given []string) error {
+			if err := flags.check(cmd); err != nil {
+				return notRun(err)
+			}
 			vars, err := pairs("env", env, true)
 			if err != nil {
 				return notRun(err)
@@ -64,13 +90,18 @@ The status is 124 when --timeout passed, and 125 when the command could not be r
 	flags.register(cmd)
 	cmd.Flags().StringArrayVarP(&env, "env", "e", nil, "NAME=VALUE for the command; NAME alone passes ours on")
 	cmd.Flags().Var(&timeout, "timeout", "kill the command after this long (default: never)")
+	cmd.Flags().BoolVar(&flags.keep, "keep", false, "with -t: let the command go on when this ends")
 	cmd.SetFlagErrorFunc(commandFlagError)
 	return cmd
 }
 
-// commandArgs checks "WHAT -- COMMAND…".
+// commandArgs checks "WHAT -- COMMAND…". With a terminal there may be no command.
 func commandArgs(cmd *cobra.Command, given []string) error {
-	if dash := cmd.ArgsLenAtDash(); len(given) < 2 || (dash != -1 && dash != 1) {
+	least := 2
+	if tty, err := cmd.Flags().GetBool("tty"); err == nil && tty {
+		least = 1
+	}
+	if dash := cmd.ArgsLenAtDash(); len(given) < least || (dash != -1 && dash != 1) {
 		return notRun(usage(cmd, "usage: %s", cmd.UseLine()))
 	}
 	return nil
@@ -101,7 +132,11 @@ func execIn(cmd *cobra.Command, c *client.Client, id string, req api.Exec, flags
 		}
 		return exitOf(result.ExitCode, result.Status, result.TimedOut)
 	}
-	exit, err := execLive(cmd, c, id, req, flags)
+	live := execLive
+	if flags.tty {
+		live = execTerminal
+	}
+	exit, err := live(cmd, c, id, req, flags)
 	if err != nil {
 		return err
 	}

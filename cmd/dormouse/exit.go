@@ -23,12 +23,14 @@ var exitStatus = map[sandbox.Kind]int{
 	sandbox.KindUnauthorized: 4,
 	sandbox.KindExists:       5,
 	sandbox.KindConflict:     5,
+	sandbox.KindPaused:       5,
 	sandbox.KindBusy:         6,
 	sandbox.KindNoSpace:      6,
 	sandbox.KindTooLarge:     6,
 	sandbox.KindTimeout:      7,
 	sandbox.KindUnsupported:  8,
 	sandbox.KindTransient:    9,
+	sandbox.KindUnanswered:   9,
 }
 
 // What run and exec answer when the status is not the command's own; the same

@@ -4,16 +4,19 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/coder/websocket"
 	"github.com/coder/websocket/wsjson"
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/dormouse-sandbox/dormouse/api"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
@@ -35,9 +38,22 @@ type fakeServer struct {
 	creates int
 	logs    string
 
+	deleting    atomic.Bool
+	stuckDelete chan struct{} // a delete waits for it
+
 	stuck    bool                                                    // a delete fails
 	onCreate func()                                                  // called before a create answers
 	run      func(ctx context.Context, p *fakeProcess) (int, string) // nil: echo
+	tty      func(ctx context.Context, p *fakeTerminal) (int, string)
+	built    fakeBuild // the last one
+
+	snapshots []api.Snapshot
+	tree      api.SnapshotTree
+	resumed   api.Resume // the last requests
+	forked    api.Fork
+	limits    api.Timeout
+	forkKeys  []string
+	loseFork  bool // the next fork's answer is lost
 }
 
 // fakeProcess is one command.
@@ -58,6 +74,9 @@ func newFake(t *testing.T) *fakeServer {
 	mux.HandleFunc("DELETE /v1/sandboxes/{id}", f.withBox(f.remove))
 	mux.HandleFunc("POST /v1/sandboxes/{id}/exec", f.withBox(f.exec))
 	mux.HandleFunc("GET /v1/sandboxes/{id}/exec/stream", f.withBox(f.stream))
+	mux.HandleFunc("GET /v1/sandboxes/{id}/pty", f.withBox(f.pty))
+	mux.HandleFunc("GET /v1/sandboxes/{id}/tcp/{port}", f.withBox(f.tcp))
+	mux.HandleFunc("POST /v1/sandboxes/{id}/ports", f.withBox(f.openPort))
 	mux.HandleFunc("POST /v1/sandboxes/{id}/timeout", f.withBox(f.timeout))
 	mux.HandleFunc("POST /v1/sandboxes/{id}/ping", f.withBox(func(w http.ResponseWriter, _ *http.Request, _ *api.Sandbox) { writeJSON(w, api.Ping{Millis: 2.34}) }))
 	mux.HandleFunc("GET /v1/sandboxes/{id}/logs", f.withBox(f.console))
@@ -67,6 +86,28 @@ func newFake(t *testing.T) *fakeServer {
 	mux.HandleFunc("GET /v1/templates", func(w http.ResponseWriter, _ *http.Request) {
 		writeJSON(w, api.TemplateList{Templates: []api.Template{{Name: "base", SizeBytes: 3 << 20, MinDiskMiB: 1024, BuiltAt: time.Now()}}})
 	})
+	mux.HandleFunc("POST /v1/templates", f.buildTemplate)
+	mux.HandleFunc("GET /v1/templates/{name}", func(w http.ResponseWriter, r *http.Request) {
+		writeJSON(w, api.Template{
+			Name: r.PathValue("name"), SizeBytes: 3 << 20, MinDiskMiB: 1024, BuiltAt: time.Now(), Start: []string{"/bin/sh", "-c", "serve it"},
+			Healthcheck: &api.Healthcheck{Test: []string{"CMD", "ok"}, IntervalSeconds: 1.5, Retries: 4},
+		})
+	})
+	mux.HandleFunc("GET /v1/templates/{name}/log", func(w http.ResponseWriter, r *http.Request) {
+		if r.PathValue("name") == "other" {
+			refuse(w, sandbox.KindNotFound, "template other does not exist")
+			return
+		}
+		_, _ = io.WriteString(w, "make image\n  evil\x1b[31m\n") // a recorder of a test
+	})
+	mux.HandleFunc("DELETE /v1/templates/{name}", func(w http.ResponseWriter, r *http.Request) {
+		if r.PathValue("name") == "used" {
+			refuse(w, sandbox.KindConflict, "template used has 1 sandboxes that lie on it: abc")
+			return
+		}
+		writeJSON(w, struct{}{})
+	})
+	f.pausing(mux)
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Authorization") != "Bearer "+testKey {
 			refuse(w, sandbox.KindUnauthorized, "the key is wrong")
@@ -119,6 +160,24 @@ func (f *fakeServer) states() (out []string) {
 		out = append(out, b.State)
 	}
 	return out
+}
+
+// wantStates checks what became of the sandboxes that were made.
+func (f *fakeServer) wantStates(t *testing.T, want ...string) {
+	t.Helper()
+	if diff := cmp.Diff(want, f.states()); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// yes is a command that prints for as long as somebody takes it.
+func yes(ctx context.Context, p *fakeProcess) (int, string) {
+	for ctx.Err() == nil {
+		if _, err := io.WriteString(p.stdout, "y\n"); err != nil {
+			break
+		}
+	}
+	return -1, "signal: killed"
 }
 
 func (f *fakeServer) create(w http.ResponseWriter, r *http.Request) {
@@ -174,6 +233,13 @@ func (f *fakeServer) withBox(handle func(http.ResponseWriter, *http.Request, *ap
 }
 
 func (f *fakeServer) remove(w http.ResponseWriter, _ *http.Request, b *api.Sandbox) {
+	f.deleting.Store(true)
+	f.mu.Lock()
+	stuck := f.stuckDelete
+	f.mu.Unlock()
+	if stuck != nil {
+		<-stuck
+	}
 	if f.stuck {
 		refuse(w, sandbox.KindInternal, "the disk does not let go")
 		return
@@ -191,6 +257,7 @@ func (f *fakeServer) timeout(w http.ResponseWriter, r *http.Request, b *api.Sand
 	deadline := time.Now().Add(time.Duration(req.TimeoutSeconds*float64(time.Second)) + 500*time.Millisecond)
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.limits = req
 	b.Deadline = &deadline
 	writeJSON(w, b)
 }
@@ -276,6 +343,42 @@ func readInput(ctx context.Context, conn *websocket.Conn, feed *io.PipeWriter) {
 		total += int64(n)
 		_ = wsjson.Write(ctx, conn, api.StreamMessage{Type: api.StreamStdinAck, Bytes: total})
 	}
+}
+
+// tcp is an echo on port 8000, and nothing anywhere else.
+func (f *fakeServer) tcp(w http.ResponseWriter, r *http.Request, _ *api.Sandbox) {
+	if r.PathValue("port") != "8000" {
+		refuse(w, sandbox.KindUnanswered, "nothing listens on port "+r.PathValue("port"))
+		return
+	}
+	conn, err := websocket.Accept(w, r, nil)
+	if err != nil {
+		return
+	}
+	defer func() { _ = conn.CloseNow() }()
+	for {
+		kind, data, err := conn.Read(r.Context())
+		if err != nil {
+			return
+		}
+		if err := conn.Write(r.Context(), kind, data); err != nil {
+			return
+		}
+		if kind == websocket.MessageText { // the end of a half
+			_ = conn.Close(websocket.StatusNormalClosure, "")
+			return
+		}
+	}
+}
+
+func (f *fakeServer) openPort(w http.ResponseWriter, r *http.Request, b *api.Sandbox) {
+	var req api.OpenPort
+	if err := json.NewDecoder(r.Body).Decode(&req); err != nil {
+		refuse(w, sandbox.KindInvalid, err.Error())
+		return
+	}
+	url := fmt.Sprintf("http://%d-%s.localhost/", req.Port, b.ID)
+	writeJSON(w, api.Port{Port: req.Port, URL: url, Link: url + "?dormouse_link=x", Token: "dmt_x", ExpiresAt: time.Now()})
 }
 
 func (f *fakeServer) console(w http.ResponseWriter, r *http.Request, _ *api.Sandbox) {

@@ -67,6 +67,36 @@ func (s *spanFlag) Set(text string) (err error) {
 	return err
 }
 
+// seconds is the length for the API; nil if it was not given.
+func (s *spanFlag) seconds() *float64 {
+	if !s.set {
+		return nil
+	}
+	n := s.d.Seconds()
+	return &n
+}
+
+// idleFlags say what becomes of a sandbox that nobody uses.
+type idleFlags struct {
+	pause        spanFlag
+	noAutoResume bool
+}
+
+func (i *idleFlags) register(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.Var(&i.pause, "auto-pause", "pause after so long without commands, transfers or connections; 0 for never")
+	f.BoolVar(&i.noAutoResume, "no-auto-resume", false, "do not resume for a call; it is refused instead")
+}
+
+// resume is what was said about resuming for calls; nil if nothing was.
+func (i *idleFlags) resume(cmd *cobra.Command) *bool {
+	if !cmd.Flags().Changed("no-auto-resume") {
+		return nil
+	}
+	on := !i.noAutoResume
+	return &on
+}
+
 func parseSpan(text string) (time.Duration, error) {
 	if seconds, err := strconv.ParseFloat(text, 64); err == nil && seconds >= -1e9 && seconds <= 1e9 {
 		return time.Duration(seconds * float64(time.Second)), nil
@@ -108,6 +138,8 @@ type shape struct {
 	env        []string
 	metadata   []string
 	noInternet bool
+	noStart    bool
+	idle       idleFlags
 }
 
 func (s *shape) register(cmd *cobra.Command) {
@@ -115,10 +147,12 @@ func (s *shape) register(cmd *cobra.Command) {
 	f.IntVar(&s.vcpus, "vcpus", 0, fmt.Sprintf("number of vCPUs (default %d)", sandbox.DefaultVCPUs))
 	f.Var(&s.mem, "mem", fmt.Sprintf("memory, such as 512MiB or 2GiB (default %dMiB)", sandbox.DefaultMemMiB))
 	f.Var(&s.disk, "disk", fmt.Sprintf("disk (default %dGiB)", sandbox.DefaultDiskMiB>>10))
-	f.Var(&s.timeout, "timeout", fmt.Sprintf("destroy the sandbox after this long (default %v)", sandbox.DefaultTimeout))
+	f.Var(&s.timeout, "timeout", fmt.Sprintf("destroy the sandbox after this long (default %v, with --auto-pause %d days)", sandbox.DefaultTimeout, sandbox.MaxTimeout/(24*time.Hour)))
 	f.StringArrayVarP(&s.env, "env", "e", nil, "NAME=VALUE for every command in it; NAME alone passes ours on")
 	f.StringArrayVar(&s.metadata, "metadata", nil, "NAME=VALUE to find it by")
 	f.BoolVar(&s.noInternet, "no-internet", false, "no connections to the internet")
+	f.BoolVar(&s.noStart, "no-start", false, "leave the template's start command and its health check alone")
+	s.idle.register(cmd)
 }
 
 // request turns the flags into the body of a create. A flag that was given as
@@ -133,9 +167,12 @@ func (s *shape) request(cmd *cobra.Command, template string) (api.CreateSandbox,
 			return req, usage(cmd, "--%s must not be 0", name)
 		}
 	}
-	if s.timeout.set {
-		seconds := s.timeout.d.Seconds()
-		req.TimeoutSeconds = &seconds
+	if start := !s.noStart; s.noStart {
+		req.Start = &start
+	}
+	req.TimeoutSeconds, req.AutoResume = s.timeout.seconds(), s.idle.resume(cmd)
+	if s.idle.pause.set {
+		req.AutoPauseSeconds = s.idle.pause.d.Seconds()
 	}
 	var err error
 	if req.Env, err = pairs("env", s.env, true); err != nil {

@@ -51,6 +51,10 @@ func describe(s api.Sandbox, now time.Time) [][]string {
 	if s.Deadline != nil && s.EndedAt == nil {
 		rows = append(rows, []string{"expires", stamp(*s.Deadline) + ", in " + span(s.Deadline.Sub(now))})
 	}
+	rows = append(rows, describePause(s, now)...)
+	if s.Frozen != "" {
+		rows = append(rows, []string{"frozen", s.Frozen})
+	}
 	if s.EndedAt != nil {
 		rows = append(rows, []string{"ended", stamp(*s.EndedAt)})
 	}
@@ -64,4 +68,37 @@ func describe(s api.Sandbox, now time.Time) [][]string {
 		rows = append(rows, []string{"phase", fmt.Sprintf("%s %.1f ms", p.Name, p.Millis)})
 	}
 	return rows
+}
+
+// describePause is what there is to say about pausing.
+func describePause(s api.Sandbox, now time.Time) (rows [][]string) {
+	if s.PausedAt != nil {
+		rows = append(rows, []string{"paused", stamp(*s.PausedAt) + ", " + span(now.Sub(*s.PausedAt)) + " ago, by " + pausedBy(s)})
+	}
+	if s.Saved != nil {
+		rows = append(rows, []string{"pause point", savedText(s.Saved)})
+	}
+	if s.AutoPauseSeconds > 0 {
+		rows = append(rows, []string{"pauses by itself", "after " + span(time.Duration(s.AutoPauseSeconds*float64(time.Second))) + " without activity"})
+	}
+	if s.AutoPauseError != "" {
+		rows = append(rows, []string{"could not pause", s.AutoPauseError})
+	}
+	if s.PausedAt != nil && !s.AutoResume {
+		rows = append(rows, []string{"resumes", "only when asked to: dormouse resume " + s.ID})
+	}
+	if s.StartedBy != "" && s.StartedBy != "boot" {
+		rows = append(rows, []string{"started by", s.StartedBy})
+	}
+	if s.ForkedFrom != "" {
+		rows = append(rows, []string{"copy of", s.ForkedFrom})
+	}
+	return rows
+}
+
+func pausedBy(s api.Sandbox) string {
+	if s.PauseReason == "idle" {
+		return "its host: it was idle"
+	}
+	return s.PauseReason
 }

@@ -57,6 +57,7 @@ func resolve(path string) string {
 
 func (i instance) hostDir() string      { return filepath.Join(i.data, "host") }
 func (i instance) runDir() string       { return "/run/dormouse-" + i.name }
+func (i instance) nodeDir() string      { return "/dev/dormouse-" + i.name }
 func (i instance) templatesDir() string { return filepath.Join(i.data, "templates") }
 func (i instance) databasePath() string { return filepath.Join(i.data, "control.db") }
 func (i instance) logPath() string      { return filepath.Join(i.data, "server.log") }
@@ -78,7 +79,7 @@ func (i instance) uidBase() int {
 // The user ID is the last of the range, which no VM has.
 func (i instance) probe(kernel string) qemu.ProbeConfig {
 	uid := i.uidBase() + 1<<16 - 1
-	return qemu.ProbeConfig{Kernel: kernel, CacheFile: i.probePath(), Deadline: probeLimit, UID: uid, GID: uid}
+	return qemu.ProbeConfig{Kernel: kernel, CacheFile: i.probePath(), UID: uid, GID: uid}
 }
 
 // makeData makes the data directory. VMs open their disks by path as users of

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"slices"
 	"strconv"
 	"time"
 
@@ -8,6 +9,7 @@ import (
 
 	"github.com/dormouse-sandbox/dormouse/api"
 	"github.com/dormouse-sandbox/dormouse/client"
+	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
 func newLsCommand() *cobra.Command {
@@ -64,17 +66,45 @@ func listAll(cmd *cobra.Command, c *client.Client, opts client.ListOptions) ([]a
 
 func listRows(list []api.Sandbox, causes bool, now time.Time) (header []string, rows [][]string) {
 	header = []string{"ID", "STATE", "TEMPLATE", "VCPUS", "MEM", "AGE", "EXPIRES IN"}
+	saved := slices.ContainsFunc(list, func(s api.Sandbox) bool { return s.Saved != nil })
+	if saved {
+		header = append(header, "GEN", "ON DISK", "OWN")
+	}
 	if causes {
 		header = append(header, "CAUSE")
 	}
 	for _, s := range list {
-		row := []string{s.ID, s.State, s.Template, strconv.Itoa(s.VCPUs), mib(s.MemMiB), span(now.Sub(s.CreatedAt)), expires(s, now)}
+		row := []string{s.ID, stateText(s), s.Template, strconv.Itoa(s.VCPUs), mib(s.MemMiB), span(now.Sub(s.CreatedAt)), expires(s, now)}
+		if saved {
+			row = append(row, savedCells(s.Saved)...)
+		}
 		if causes {
 			row = append(row, s.Cause)
 		}
 		rows = append(rows, row)
 	}
 	return header, rows
+}
+
+// savedCells are the generation of a pause point, its allocated bytes, and those of
+// them that are its own.
+func savedCells(s *api.Saved) []string {
+	if s == nil {
+		return []string{"-", "-", "-"}
+	}
+	return []string{strconv.Itoa(s.Generation), bytesText(s.MemoryBytes + s.DiskBytes), bytesText(s.OwnBytes)}
+}
+
+func stateText(s api.Sandbox) string {
+	switch {
+	case s.Frozen != "":
+		return s.State + ", frozen (" + s.Frozen + ")"
+	case s.PauseReason == string(sandbox.PauseIdle):
+		return s.State + " (idle)"
+	case s.AutoPauseError != "":
+		return s.State + ", not paused: " + s.AutoPauseError
+	}
+	return s.State
 }
 
 func expires(s api.Sandbox, now time.Time) string {

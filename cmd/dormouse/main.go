@@ -22,10 +22,11 @@ var version = "unknown"
 
 // verbs makes every command; each constructor is in the file of its verb.
 var verbs = []func() *cobra.Command{
-	newRunCommand, newCreateCommand, newLsCommand, newGetCommand, newExecCommand, newCpCommand, newLogsCommand,
-	newRmCommand, newPingCommand, newTimeoutCommand, newMetricsCommand, newTemplatesCommand, newHostCommand,
-	newKeyCommand, newLoginCommand, newDoctorCommand, newVersionCommand,
-	newUpCommand, newDownCommand, newDemoCommand,
+	newRunCommand, newCreateCommand, newLsCommand, newGetCommand, newExecCommand, newAttachCommand, newCpCommand, newLogsCommand,
+	newPauseCommand, newResumeCommand, newForkCommand, newSnapshotCommand, newRmCommand, newPingCommand, newTimeoutCommand,
+	newMetricsCommand, newTemplateCommand, newHostCommand,
+	newPortForwardCommand, newURLCommand, newKeyCommand, newLoginCommand, newDoctorCommand, newVersionCommand,
+	newUpCommand, newDownCommand, newDemoCommand, newPagerCommand,
 }
 
 func main() {
@@ -41,6 +42,7 @@ func main() {
 	code := exitCode(ctx, err)
 	complain(os.Stderr, ctx, err)
 	cancel(nil)
+	restoreTerminal() // it is, unless something went very wrong
 	os.Exit(code)
 }
 
@@ -54,6 +56,7 @@ func watchSignals(signals <-chan os.Signal, cancel context.CancelCauseFunc) {
 			continue
 		}
 		if !first {
+			restoreTerminal()
 			os.Exit(128 + int(number))
 		}
 		first = false

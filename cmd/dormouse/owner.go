@@ -106,7 +106,8 @@ func printBanner(ctx context.Context, w io.Writer, c *client.Client, url string)
 	if err != nil {
 		return err
 	}
-	if err := say(w, "dormouse %s on %s\n  VMs run on %s with %s: %s\n", h.Version, url, h.VMM, h.Accelerator, h.AcceleratorReason); err != nil {
+	if err := say(w, "dormouse %s on %s\n  VMs run on %s with %s: %s\n  disks are made by %s: %s\n",
+		h.Version, url, h.VMM, h.Accelerator, h.AcceleratorReason, h.DiskDriver, h.DiskReason); err != nil {
 		return err
 	}
 	if h.Accelerator == "tcg" {

@@ -10,14 +10,19 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
+	"github.com/dormouse-sandbox/dormouse/internal/fault"
 )
 
-// asCommand makes the test binary behave as the command itself.
-const asCommand = "DORMOUSE_TEST_AS_COMMAND"
+// asCommand makes the test binary behave as the command itself, and panicsAt is the
+// failpoint at which it then panics.
+const (
+	asCommand = "DORMOUSE_TEST_AS_COMMAND"
+	panicsAt  = "DORMOUSE_TEST_PANICS_AT"
+)
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asCommand) != "" {
+		fault.Set(os.Getenv(panicsAt), func(context.Context, string) error { panic("injected") })
 		main()
 	}
 	os.Exit(m.Run())
@@ -71,9 +76,7 @@ func TestSignalsDestroyTheSandboxOfARun(t *testing.T) {
 			if got := statusOf(t, cmd.Wait()); got != want {
 				t.Errorf("exit status %d, want %d: %s", got, want, errOut.String())
 			}
-			if diff := cmp.Diff([]string{"gone"}, f.states()); diff != "" {
-				t.Error(diff)
-			}
+			f.wantStates(t, "gone")
 		})
 	}
 }
@@ -81,14 +84,7 @@ func TestSignalsDestroyTheSandboxOfARun(t *testing.T) {
 // A real SIGPIPE would end the process before it destroys its sandbox.
 func TestAClosedPipeDestroysTheSandboxOfARun(t *testing.T) {
 	f := newFake(t)
-	f.run = func(ctx context.Context, p *fakeProcess) (int, string) {
-		for ctx.Err() == nil {
-			if _, err := io.WriteString(p.stdout, "y\n"); err != nil {
-				break
-			}
-		}
-		return -1, "signal: killed"
-	}
+	f.run = yes
 	cmd := process(t, "run", "base", "--", "yes")
 	var errOut strings.Builder
 	cmd.Stderr = &errOut
@@ -108,9 +104,7 @@ func TestAClosedPipeDestroysTheSandboxOfARun(t *testing.T) {
 	if got := statusOf(t, cmd.Wait()); got != 141 || errOut.String() != "" {
 		t.Errorf("exit status %d and %q, want a quiet 141", got, errOut.String())
 	}
-	if diff := cmp.Diff([]string{"gone"}, f.states()); diff != "" {
-		t.Error(diff)
-	}
+	f.wantStates(t, "gone")
 }
 
 func TestTheProcessExitsWithTheStatusOfItsCommand(t *testing.T) {

@@ -35,11 +35,14 @@ func newRunCommand() *cobra.Command {
 and exit with the command's status. The sandbox is destroyed too when the
 command fails or Ctrl-C is pressed, unless --keep is given.
 
-The status is 125 when the command could not be run.`,
-		Example:           "  dormouse run base -- python3 -c 'print(6*7)'\n  dormouse run base --mem 1GiB -- python3 < script.py",
+The status is 125 when the command could not be run. For -i and -t see dormouse exec.`,
+		Example:           "  dormouse run -it base\n  dormouse run base -- python3 -c 'print(6*7)'\n  dormouse run base --mem 1GiB -- python3 < script.py",
 		Args:              commandArgs,
-		ValidArgsFunction: completeTemplates,
+		ValidArgsFunction: completeSources,
 		RunE: func(cmd *cobra.Command, given []string) error {
+			if err := flags.check(cmd); err != nil {
+				return notRun(err)
+			}
 			req, err := what.request(cmd, given[0])
 			if err != nil {
 				return notRun(err)

@@ -21,16 +21,14 @@ import (
 
 func TestRunAnswersAndLeavesNothing(t *testing.T) {
 	f := newFake(t)
-	got := ask(t, "run", "base", "--mem", "1GiB", "--timeout", "90", "-e", "A=b=c", "--no-internet", "--", "echo", "hi")
+	got := ask(t, "run", "base", "--mem", "1GiB", "--timeout", "90", "-e", "A=b=c", "--no-internet", "--no-start", "--", "echo", "hi")
 	if want := (result{0, "echo hi\n", ""}); got != want {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
-	if diff := cmp.Diff([]string{"gone"}, f.states()); diff != "" {
-		t.Error(diff)
-	}
-	seconds := 90.0
+	f.wantStates(t, "gone")
+	seconds, start := 90.0, false
 	want := api.CreateSandbox{
-		Template: "base", MemMiB: 1024, TimeoutSeconds: &seconds, Env: map[string]string{"A": "b=c"}, Network: &api.Network{},
+		Template: "base", MemMiB: 1024, TimeoutSeconds: &seconds, Env: map[string]string{"A": "b=c"}, Network: &api.Network{}, Start: &start,
 	}
 	if diff := cmp.Diff(want, f.lastReq); diff != "" {
 		t.Error(diff)
@@ -58,9 +56,7 @@ func TestRunEnds(t *testing.T) {
 			if got := ask(t, "run", "base", "--", "x"); got.code != tt.want {
 				t.Errorf("exit status %d (%s), want %d", got.code, got.errOut, tt.want)
 			}
-			if diff := cmp.Diff([]string{"gone"}, f.states()); diff != "" {
-				t.Error(diff)
-			}
+			f.wantStates(t, "gone")
 		})
 	}
 }
@@ -71,9 +67,7 @@ func TestRunOfAMissingProgramDestroysToo(t *testing.T) {
 	if got.code != 125 || !strings.Contains(got.errOut, `no program "missing"`) || strings.Count(got.errOut, "\n") != 1 {
 		t.Errorf("got %+v, want 125 and one sentence", got)
 	}
-	if diff := cmp.Diff([]string{"gone"}, f.states()); diff != "" {
-		t.Error(diff)
-	}
+	f.wantStates(t, "gone")
 }
 
 func TestRunOfAnUnknownTemplate(t *testing.T) {
@@ -99,9 +93,7 @@ func TestRunSaysWhatItLeaves(t *testing.T) {
 func TestRunKeepsWhatItIsToldToKeep(t *testing.T) {
 	f := newFake(t)
 	got := ask(t, "run", "base", "--keep", "--", "true")
-	if diff := cmp.Diff([]string{"running"}, f.states()); diff != "" {
-		t.Error(diff)
-	}
+	f.wantStates(t, "running")
 	if got.code != 0 || got.errOut != "sandbox "+f.boxes[0].ID+"\n" {
 		t.Errorf("got %+v", got)
 	}
@@ -129,23 +121,14 @@ func TestRunDestroysWhenInterrupted(t *testing.T) {
 			if got.code != 130 {
 				t.Errorf("exit status %d, want 130", got.code)
 			}
-			if diff := cmp.Diff([]string{"gone"}, f.states()); diff != "" {
-				t.Error(diff)
-			}
+			f.wantStates(t, "gone")
 		})
 	}
 }
 
 func TestRunDestroysWhenNobodyReadsItsOutput(t *testing.T) {
 	f := newFake(t)
-	f.run = func(ctx context.Context, p *fakeProcess) (int, string) {
-		for ctx.Err() == nil {
-			if _, err := io.WriteString(p.stdout, "y\n"); err != nil {
-				break
-			}
-		}
-		return -1, "signal: killed"
-	}
+	f.run = yes
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -165,9 +148,7 @@ func TestRunDestroysWhenNobodyReadsItsOutput(t *testing.T) {
 	if code := exitCode(t.Context(), err); code != 141 || errOut.String() != "" {
 		t.Errorf("exit status %d and %q, want a quiet 141", code, errOut.String())
 	}
-	if diff := cmp.Diff([]string{"gone"}, f.states()); diff != "" {
-		t.Error(diff)
-	}
+	f.wantStates(t, "gone")
 }
 
 func TestRunAsJSON(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	stdlog "log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -16,7 +17,6 @@ import (
 	"github.com/dormouse-sandbox/dormouse/control/auth"
 	"github.com/dormouse-sandbox/dormouse/control/server"
 	"github.com/dormouse-sandbox/dormouse/control/store"
-	"github.com/dormouse-sandbox/dormouse/disk/qcow"
 	"github.com/dormouse-sandbox/dormouse/host"
 	"github.com/dormouse-sandbox/dormouse/host/hostapi"
 	hostserver "github.com/dormouse-sandbox/dormouse/host/server"
@@ -29,9 +29,6 @@ import (
 
 // preparedSlots is how many networks are kept ready ahead.
 const preparedSlots = 4
-
-// probeLimit is how long the guest kernel may take to say something under KVM.
-const probeLimit = 5 * time.Second
 
 // prepared is what sandboxes are started with.
 type prepared struct {
@@ -66,7 +63,11 @@ func prepare(ctx context.Context, o upOptions, log *slog.Logger, progress templa
 	}
 	recipe := template.BaseRecipe()
 	recipe.Mirror = o.mirror
-	if _, err := p.templates.Build(ctx, recipe, progress); err != nil {
+	base, err := p.templates.Build(ctx, recipe, progress)
+	if err != nil {
+		return p, fmt.Errorf("template %s: %w", recipe.Name, err)
+	}
+	if err := takeInBase(ctx, o, base, log, progress); err != nil {
 		return p, fmt.Errorf("template %s: %w", recipe.Name, err)
 	}
 	p.vmm, err = openVMM(ctx, o, p, log)
@@ -105,14 +106,29 @@ func openHost(ctx context.Context, o upOptions, p prepared, log *slog.Logger, u 
 		return nil, fmt.Errorf("open networks: %w", err)
 	}
 	u.PushClose("networks", networks.Close)
-	disks, err := qcow.New(qcow.Config{})
+	groups, noGroups, closeGroups, err := openGroups(o.inst.name)
+	if err != nil {
+		return nil, err
+	}
+	u.PushClose("control groups", closeGroups)
+	if noGroups != "" {
+		log.Warn("VMs get no control groups", "why", noGroups)
+	}
+	disks, err := openDisks(o.disk, o.inst, log)
+	if err != nil {
+		return nil, err
+	}
+	u.PushClose("disks", disks.close)
+	kept, err := openSnapshots(ctx, o.inst, disks, log, u)
 	if err != nil {
 		return nil, err
 	}
 	agent, err := host.Open(ctx, host.Config{
+		Snapshots: kept.store, Images: kept.hostImages(),
 		Dir: o.inst.hostDir(), RunDir: o.inst.runDir(), Instance: o.inst.name, Version: version,
-		VMM: p.vmm, Disks: disks, Networks: host.Slots{Network: networks}, Templates: p.templates,
-		Kernel: p.kernel, Initrd: p.initrd, UIDBase: o.inst.uidBase(), MaxMemMiB: o.maxMem, Log: log,
+		VMM: p.vmm, Disks: disks.drivers, DiskReason: disks.reason, Groups: groups, GroupsReason: noGroups,
+		Networks: host.Slots{Network: networks}, Templates: p.templates, Kitchen: p.templates,
+		Kernel: p.kernel, Initrd: p.initrd, UIDBase: o.inst.uidBase(), MaxMemMiB: o.maxMem, BootTimeout: o.boot, Log: log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open host agent: %w", err)
@@ -126,6 +142,8 @@ func openHost(ctx context.Context, o upOptions, p prepared, log *slog.Logger, u 
 func serve(ctx context.Context, o upOptions, log *slog.Logger) (err error) {
 	var u undo.Stack
 	defer func() { err = errors.Join(err, u.Run(ctx)) }()
+	// What net/http says of broken connections, guests can make it say at will.
+	stdlog.SetOutput(slog.NewLogLogger(log.Handler(), slog.LevelDebug).Writer())
 	state, err := thisServer()
 	if err != nil {
 		return err
@@ -159,7 +177,7 @@ func serve(ctx context.Context, o upOptions, log *slog.Logger) (err error) {
 	u.PushClose("database", db.Close)
 	control, err := server.New(server.Config{
 		Host: hostapi.NewClient(local.Client(), local.BaseURL()), Store: db, Keys: auth.New(db, nil),
-		Log: log, Version: version,
+		Log: log, Version: version, Domain: o.domain,
 	})
 	if err != nil {
 		return err

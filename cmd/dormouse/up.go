@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"syscall"
 	"time"
@@ -27,12 +28,15 @@ const defaultCache = "/var/cache/dormouse"
 type upOptions struct {
 	inst    instance
 	listen  string
+	domain  string
 	cache   string
 	accel   string
+	disk    string
 	kernel  string
 	modules string
 	mirror  string
 	maxMem  int
+	boot    time.Duration // 0 is the host's default
 	deny    []netip.Prefix
 	detach  bool
 	demo    bool
@@ -67,8 +71,9 @@ there. "dormouse down" ends them.`,
 				return err
 			}
 			o.args = []string{
-				"up", "--demo=false", "--data", o.inst.data, "--listen", o.listen, "--cache", o.cache, "--accel", o.accel,
+				"up", "--demo=false", "--data", o.inst.data, "--listen", o.listen, "--domain", o.domain, "--cache", o.cache, "--accel", o.accel, "--disk", o.disk,
 				"--kernel", o.kernel, "--modules", o.modules, "--mirror", o.mirror, fmt.Sprint("--max-mem=", o.maxMem),
+				"--boot-timeout", o.boot.String(),
 			}
 			for _, d := range deny {
 				o.args = append(o.args, "--deny", d)
@@ -79,17 +84,23 @@ there. "dormouse down" ends them.`,
 	f := cmd.Flags()
 	f.StringVar(&data, "data", defaultDataDir, "where everything that lasts is kept")
 	f.StringVar(&o.listen, "listen", defaultListen, "address of the API; it is plain HTTP")
+	f.StringVar(&o.domain, "domain", "localhost", "ports of sandboxes are at PORT-ID.DOMAIN for browsers; empty: nowhere")
 	f.StringVar(&o.cache, "cache", defaultCache, "where builds are kept; may be deleted at any time")
 	f.StringVar(&o.accel, "accel", "auto", "how VMs run: kvm, tcg (software emulation), or auto, which tries KVM")
+	f.StringVar(&o.disk, "disk", diskAuto, "how disks of sandboxes are made: dm (device-mapper), qcow (QEMU's overlays), or auto: dm where the kernel has it")
 	f.StringVar(&o.kernel, "kernel", "", "a guest kernel of your own (vmlinuz or vmlinux); default: Debian's cloud kernel")
 	f.StringVar(&o.modules, "modules", "", "the /lib/modules/RELEASE of --kernel")
 	f.StringVar(&o.mirror, "mirror", "", "URL of the Debian archive to build from; default: what mmdebstrap chooses")
 	f.IntVar(&o.maxMem, "max-mem", 0, "MiB that all sandboxes together may be promised; default: what the machine has, less 512")
+	f.DurationVar(&o.boot, "boot-timeout", 0, "how long a sandbox may take to boot; default: 1m; more where VMs are slow, as with nested virtualisation")
 	f.StringArrayVar(&deny, "deny", nil, "a further network that no sandbox reaches, such as 10.1.0.0/16 (repeat for more)")
 	f.BoolVar(&o.detach, "detach", false, "return when the server is up, and leave it running")
 	f.BoolVar(&o.demo, "demo", true, "with --detach: run something in a sandbox at the end, as proof")
 	return cmd
 }
+
+// domainPattern is a DNS name, without a dot at its end.
+var domainPattern = regexp.MustCompile(`^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
 
 func (o upOptions) check(cmd *cobra.Command) error {
 	switch {
@@ -99,6 +110,12 @@ func (o upOptions) check(cmd *cobra.Command) error {
 		return sandbox.Errorf(sandbox.KindInvalid, "up needs root for namespaces and VM users: run make up, or sudo dormouse up")
 	case o.accel != "auto" && o.accel != "kvm" && o.accel != "tcg":
 		return usage(cmd, "--accel is %q, must be auto, kvm or tcg", o.accel)
+	case o.disk != diskAuto && o.disk != diskDM && o.disk != diskQcow:
+		return usage(cmd, "--disk is %q, must be auto, dm or qcow", o.disk)
+	case o.boot < 0:
+		return usage(cmd, "--boot-timeout is %v, must not be negative", o.boot)
+	case len(o.domain) > 200 || o.domain != "" && !domainPattern.MatchString(o.domain):
+		return usage(cmd, "--domain is %q, must be a name such as boxes.example.org, in lower case", o.domain)
 	case o.maxMem < 0:
 		return usage(cmd, "--max-mem is %d, must not be negative", o.maxMem)
 	}

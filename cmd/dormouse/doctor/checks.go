@@ -130,6 +130,19 @@ func disk(f Facts) Finding {
 	return x
 }
 
+func mapper(f Facts) Finding {
+	x := Finding{Name: "device-mapper", Status: OK, Found: "linear, zero, snapshot, verity"}
+	switch {
+	case !f.Root:
+		x.Status, x.Found, x.Cure = Warn, "not looked at: that needs root", "sudo dormouse doctor"
+	case f.NoMapper != "":
+		x.Status, x.Found = Warn, f.NoMapper
+		x.Why = "disks will be qcow2 files, which QEMU alone can open, and damage to a base image is not noticed when it is read"
+		x.Cure = "modprobe -a dm_mod dm_snapshot dm_verity loop, on a kernel that has them"
+	}
+	return x
+}
+
 func cgroup(f Facts) Finding {
 	if f.CgroupV2 == "" {
 		return Finding{

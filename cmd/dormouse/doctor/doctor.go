@@ -55,6 +55,7 @@ type Facts struct {
 	DataDir         string
 	DiskFreeMiB     int
 	CgroupV2        string // where it is mounted, or empty
+	NoMapper        string // why disks are not device-mapper's; empty where they are. Only root can find out
 }
 
 // Tool is a program or file that a Debian package brings.
@@ -118,7 +119,7 @@ func Check(f Facts) Report {
 		findings = append(findings, tool(f, t))
 	}
 	findings = append(findings, kvm(f), device("fuse", f.FUSE, false, "later versions serve memory and disks through it"),
-		port(f), memory(f), disk(f), cgroup(f))
+		port(f), memory(f), disk(f), cgroup(f), mapper(f))
 	if len(f.Network) == 0 { // else somebody has tried more than to open it
 		findings = append(findings, device("tun", f.TUN, true, "every sandbox has a TAP device"))
 	}

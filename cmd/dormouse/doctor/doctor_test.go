@@ -60,6 +60,9 @@ func TestEachThingThatMayBeWrong(t *testing.T) {
 			func(f *doctor.Facts) { f.Tools[0].Path = ""; f.Apt = false }, "qemu-img", doctor.Missing, "not found",
 			"install what Debian packages as qemu-utils",
 		},
+		"no device-mapper": {
+			func(f *doctor.Facts) { f.NoMapper = "no target verity" }, "device-mapper", doctor.Warn, "no target verity", "modprobe",
+		},
 		"no TUN":               {func(f *doctor.Facts) { f.TUN.Present = false; f.Network = nil }, "tun", doctor.Missing, "no /dev/net/tun", "modprobe tun"},
 		"no FUSE":              {func(f *doctor.Facts) { f.FUSE.Present = false }, "fuse", doctor.Warn, "no /dev/fuse", "modprobe fuse"},
 		"a TUN that is closed": {func(f *doctor.Facts) { f.TUN.OpenErr = "permission denied"; f.Network = nil }, "tun", doctor.Warn, "permission denied", "sudo"},

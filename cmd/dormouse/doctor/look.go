@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/dormouse-sandbox/dormouse/disk/dm"
 	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 	"github.com/dormouse-sandbox/dormouse/internal/osfs"
 	"github.com/dormouse-sandbox/dormouse/netns"
@@ -57,6 +58,9 @@ func Look(ctx context.Context, o Options) Facts {
 	f.MemTotalMiB, f.MemAvailableMiB = lookMemory("/proc/meminfo")
 	f.DiskFreeMiB = diskFree(o.DataDir)
 	if f.Root {
+		if err := dm.Available(); err != nil {
+			f.NoMapper = err.Error()
+		}
 		for _, n := range netns.Check(ctx) {
 			f.Network = append(f.Network, Network(n))
 		}
