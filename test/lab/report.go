@@ -1,0 +1,119 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"regexp"
+	"slices"
+	"sync"
+	"time"
+)
+
+// report reads the output of a test binary that runs with -test.v.
+type report struct {
+	all     bytes.Buffer // everything, for the log
+	live    io.Writer    // nil, or where it is shown as it comes
+	mu      sync.Mutex   // stdout and stderr come from one goroutine, the progress line from another
+	passed  int
+	failed  []string
+	skips   int    // subtests, too
+	needs   []need // why
+	partial []byte
+}
+
+// need is what testkit.Require says when it skips a test.
+type need struct{ name, said string }
+
+var (
+	outcome = regexp.MustCompile(`^( *)--- (PASS|FAIL|SKIP): (\S+) \(`)
+	needs   = regexp.MustCompile(`^ +(\S+\.go:\d+: needs (\S+): .*)`)
+)
+
+func (r *report) Write(p []byte) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.all.Write(p)
+	if r.live != nil {
+		if _, err := r.live.Write(p); err != nil {
+			return 0, err
+		}
+	}
+	r.partial = append(r.partial, p...)
+	for {
+		line, rest, ok := bytes.Cut(r.partial, []byte("\n"))
+		if !ok {
+			return len(p), nil
+		}
+		r.line(string(line))
+		r.partial = rest
+	}
+}
+
+func (r *report) line(line string) {
+	if m := needs.FindStringSubmatch(line); m != nil {
+		r.needs = append(r.needs, need{name: m[2], said: m[1]})
+	}
+	m := outcome.FindStringSubmatch(line)
+	if m == nil {
+		return
+	}
+	whole := m[1] == "" // and not a subtest
+	switch m[2] {
+	case "PASS":
+		if whole {
+			r.passed++
+		}
+	case "FAIL":
+		if whole {
+			r.failed = append(r.failed, m[3])
+		}
+	case "SKIP":
+		r.skips++
+	}
+}
+
+// counts is the closing line's middle.
+func (r *report) counts() string {
+	text := fmt.Sprintf("%d passed", r.passed)
+	if n := len(r.failed); n > 0 {
+		text += fmt.Sprintf(", %d failed", n)
+	}
+	if r.skips > 0 {
+		text += fmt.Sprintf(", %d skipped", r.skips)
+	}
+	return text
+}
+
+// notInALab are the preconditions that no lab has, and what only who asks for it
+// gets. Tests that need them are skipped; any other skip is a failure.
+var notInALab = []string{
+	"false-kvm", // its KVM works
+	"tcg",       // its VMs run on that
+	"long",      // see testkit.Long
+}
+
+// unexpected says what is wrong with the skips, or nothing.
+func (r *report) unexpected() []string {
+	var out []string
+	for _, n := range r.needs {
+		if !slices.Contains(notInALab, n.name) {
+			out = append(out, "it needs "+n.name+", and a lab should have it: "+n.said)
+		}
+	}
+	if said := len(r.needs); r.skips > said {
+		out = append(out, fmt.Sprintf("%d tests were skipped, and %d said what they need", r.skips, said))
+	}
+	return out
+}
+
+// spread tells the middle and the ends of some times.
+func spread(times []time.Duration) string {
+	if len(times) == 0 {
+		return "no times"
+	}
+	slices.Sort(times)
+	seconds := func(d time.Duration) string { return fmt.Sprintf("%.1fs", d.Seconds()) }
+	return fmt.Sprintf("fastest %s, median %s, slowest %s",
+		seconds(times[0]), seconds(times[len(times)/2]), seconds(times[len(times)-1]))
+}

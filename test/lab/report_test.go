@@ -1,0 +1,39 @@
+package main
+
+import (
+	"io"
+	"strings"
+	"testing"
+)
+
+// TestSkipsAreAccountedFor: only what no lab has may be missing, and every skip
+// says what it needs.
+func TestSkipsAreAccountedFor(t *testing.T) {
+	for _, tt := range []struct{ name, output, counts, unexpected string }{
+		{"none", "=== RUN   TestA\n--- PASS: TestA (0.00s)\n", "1 passed", ""},
+		{"what no lab has", "=== RUN   TestA\n    a_test.go:9: needs tcg: KVM gives a timer\n--- SKIP: TestA (0.00s)\n", "0 passed, 1 skipped", ""},
+		{"what a lab has", "    a_test.go:9: needs dm: no device-mapper\n--- SKIP: TestA (0.00s)\n", "0 passed, 1 skipped", "it needs dm"},
+		{
+			"in a subtest", "=== RUN   TestA/b\n    a_test.go:9: needs kvm: none\n--- PASS: TestA (0.00s)\n    --- SKIP: TestA/b (0.00s)\n",
+			"1 passed, 1 skipped", "it needs kvm",
+		},
+		{"without a word", "    a_test.go:9: not today\n--- SKIP: TestA (0.00s)\n", "0 passed, 1 skipped", "1 tests were skipped, and 0 said"},
+		{"a failure", "--- FAIL: TestA (0.00s)\n    --- FAIL: TestA/b (0.00s)\n", "0 passed, 1 failed", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := &report{}
+			for _, part := range strings.SplitAfter(tt.output, "T") { // lines come in pieces
+				if _, err := io.WriteString(r, part); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if got := r.counts(); got != tt.counts {
+				t.Errorf("counts are %q, want %q", got, tt.counts)
+			}
+			got := strings.Join(r.unexpected(), "\n")
+			if (got == "") != (tt.unexpected == "") || !strings.Contains(got, tt.unexpected) {
+				t.Errorf("unexpected is %q, want %q", got, tt.unexpected)
+			}
+		})
+	}
+}
