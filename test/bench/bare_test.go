@@ -196,7 +196,7 @@ func withDisk(argv []string, node string) []string {
 
 // await asks the guest agent until it answers.
 func (vm *bareVM) await(ctx context.Context) error {
-	transport := &http.Transport{DialContext: vm.slot.Dial, DisableKeepAlives: true}
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, address string) (net.Conn, error) { return vm.slot.Dial(ctx, address) }, DisableKeepAlives: true}
 	url := "http://" + net.JoinHostPort(vm.slot.Guest().Addr().String(), strconv.Itoa(guestapi.Port)) + "/health"
 	for {
 		try, cancel := context.WithTimeout(ctx, 100*time.Millisecond)

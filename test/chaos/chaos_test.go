@@ -27,9 +27,9 @@ func TestMain(m *testing.M) {
 
 // Bounds of waiting. They are far above what anything takes on a loaded machine:
 // what reaches one is stuck.
-const (
-	createLimit = 2 * time.Minute
-	settleLimit = time.Minute
+var (
+	createLimit = testkit.Patience(2 * time.Minute)
+	settleLimit = testkit.Patience(time.Minute)
 )
 
 // long says that everything is to be run, not a choice of it.
@@ -78,7 +78,7 @@ func sh(t testing.TB, s *rig.Server, id, line string) string {
 func shell(ctx context.Context, s *rig.Server, id, line string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, settleLimit)
 	defer cancel()
-	got, err := s.Client.Exec(ctx, id, api.Exec{Shell: line, TimeoutSeconds: 50})
+	got, err := s.Client.Exec(ctx, id, api.Exec{Shell: line, TimeoutSeconds: settleLimit.Seconds() - 10})
 	if err != nil {
 		return "", err
 	}
@@ -103,7 +103,7 @@ func get(t testing.TB, s *rig.Server, id string) api.Sandbox {
 func settled(t testing.TB, s *rig.Server, id string) api.Sandbox {
 	t.Helper()
 	var sb api.Sandbox
-	testkit.Eventually(t, settleLimit, "settled: "+id, func() bool {
+	testkit.Eventually(t, time.Minute, "settled: "+id, func() bool {
 		sb = get(t, s, id)
 		return sb.State == "running" || sb.State == "failed" || sb.State == "gone"
 	})
@@ -114,7 +114,7 @@ func settled(t testing.TB, s *rig.Server, id string) api.Sandbox {
 func ended(t testing.TB, s *rig.Server, id string) api.Sandbox {
 	t.Helper()
 	var sb api.Sandbox
-	testkit.Eventually(t, settleLimit, "ended: "+id, func() bool {
+	testkit.Eventually(t, time.Minute, "ended: "+id, func() bool {
 		sb = get(t, s, id)
 		return sb.State == "failed" || sb.State == "gone"
 	})
@@ -133,8 +133,8 @@ func wantEnd(t testing.TB, sb api.Sandbox, state, cause string) {
 }
 
 // onlyThese checks that nothing of any sandbox but these is on the machine: VM
-// processes, network namespaces beyond those that the server keeps ready, and
-// folders.
+// processes, network namespaces beyond those that the server keeps ready,
+// folders, and where the server uses them, control groups and devices.
 func onlyThese(t testing.TB, s *rig.Server, ids ...string) {
 	t.Helper()
 	slices.Sort(ids)
@@ -142,9 +142,19 @@ func onlyThese(t testing.TB, s *rig.Server, ids ...string) {
 		"disk folders": filepath.Join(s.Data, "host", "sandboxes"),
 		"run folders":  "/run/dormouse-" + s.Instance,
 	}
-	deadline := time.Now().Add(settleLimit)
-	for {
-		var wrong []string
+	host, err := s.Client.Host(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wrong []string
+	clean := testkit.Poll(settleLimit, func() bool {
+		wrong = nil
+		if got := s.Groups(); host.Cgroup && !slices.Equal(got, ids) {
+			wrong = append(wrong, fmt.Sprintf("control groups are %q, want %q", got, ids))
+		}
+		if got := s.Overlays(); host.DiskDriver == "dm" && !slices.Equal(got, ids) {
+			wrong = append(wrong, fmt.Sprintf("overlays are %q, want %q", got, ids))
+		}
 		for what, dir := range folders {
 			if got := entries(t, dir); !slices.Equal(got, ids) {
 				wrong = append(wrong, fmt.Sprintf("%s are %q, want %q", what, got, ids))
@@ -156,14 +166,10 @@ func onlyThese(t testing.TB, s *rig.Server, ids ...string) {
 		if got := s.Namespaces(); len(got) > len(ids)+preparedSlots {
 			wrong = append(wrong, fmt.Sprintf("namespaces are %q, want at most %d", got, len(ids)+preparedSlots))
 		}
-		if len(wrong) == 0 {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Errorf("left on the machine:\n%s", strings.Join(wrong, "\n"))
-			return
-		}
-		time.Sleep(50 * time.Millisecond)
+		return len(wrong) == 0
+	})
+	if !clean {
+		t.Errorf("left on the machine:\n%s", strings.Join(wrong, "\n"))
 	}
 }
 

@@ -2,13 +2,16 @@ package chaos_test
 
 import (
 	"errors"
+	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/dormouse-sandbox/dormouse/api"
 	"github.com/dormouse-sandbox/dormouse/client"
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
@@ -77,9 +80,19 @@ func fill(t testing.TB, dir string, leave int64) (release func()) {
 	}
 }
 
+// frozen waits until every one of these sandboxes stands still for want of
+// space, or none does.
+func frozen(t *testing.T, s *rig.Server, want bool, ids ...string) {
+	t.Helper()
+	testkit.Eventually(t, 20*time.Second, fmt.Sprint("frozen: ", want), func() bool {
+		return !slices.ContainsFunc(ids, func(id string) bool { return (get(t, s, id).Frozen == string(sandbox.FreezeNoSpace)) != want })
+	})
+}
+
 // TestDiskFull lets the host's disk fill up. Creates are refused with the right
-// words and leave nothing, what runs goes on running, and destroying, which
-// gives space back, works.
+// words and leave nothing, what runs is frozen before its own disk would fail and
+// goes on unharmed when there is space, also after a crash in between, and
+// destroying, which gives space back, works.
 func TestDiskFull(t *testing.T) {
 	s := rig.New(t, rig.Options{})
 	dir := smallDisk(t, s, 3<<30)
@@ -106,10 +119,13 @@ func TestDiskFull(t *testing.T) {
 	if _, err := s.Client.SetTimeout(t.Context(), w.id, 2*time.Hour); !sandbox.Is(err, sandbox.KindNoSpace) {
 		t.Errorf("a deadline that cannot be written down: %v, want no_space", err)
 	}
-	w.check(t, s)
+	frozen(t, s, true, w.id, second)
+	if _, err := s.Client.Exec(t.Context(), w.id, api.Exec{Shell: "true"}); !sandbox.Is(err, sandbox.KindNoSpace) {
+		t.Errorf("a command in a frozen sandbox: %v, want no_space", err)
+	}
 	s.Kill()
 	s.Up()
-	w.check(t, s)
+	frozen(t, s, true, w.id, second)
 	onlyThese(t, s, w.id, second)
 
 	if sb, err := remove(t, s, second); err != nil || sb.State != "gone" {
@@ -118,6 +134,8 @@ func TestDiskFull(t *testing.T) {
 	onlyThese(t, s, w.id)
 	release()
 
+	frozen(t, s, false, w.id)
+	w.check(t, s)
 	third := create(t, s)
 	if got := sh(t, s, third, "echo works"); got != "works" {
 		t.Errorf("with space again a sandbox answers %q", got)

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/dormouse-sandbox/dormouse/api"
+	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/test/rig"
 )
 
@@ -184,7 +185,7 @@ func TestEachStepOfDestroyFails(t *testing.T) {
 		t.Error("the destroy has met none of its failures")
 	}
 	// Whoever asked asks again, as a client does; nothing else is done for it.
-	eventually(func() bool {
+	testkit.Poll(settleLimit, func() bool {
 		sb, err := remove(t, s, id)
 		return err == nil && sb.State == "gone"
 	})
@@ -192,7 +193,7 @@ func TestEachStepOfDestroyFails(t *testing.T) {
 	onlyThese(t, s)
 	for _, point := range every {
 		// What is behind the end, the reconciler repeats in its next pass.
-		if point != "control/destroy/recorded" && !eventually(func() bool { return count(points(t, trace), point) >= 2 }) {
+		if point != "control/destroy/recorded" && !testkit.Poll(settleLimit, func() bool { return count(points(t, trace), point) >= 2 }) {
 			t.Errorf("%s was passed %d times: it failed and was not repeated", point, count(points(t, trace), point))
 		}
 	}

@@ -193,7 +193,7 @@ func (k *soak) flat() {
 	// prepared; the runtime keeps threads that system calls once needed.
 	const slack = 4
 	var after usage
-	ok := eventually(func() bool {
+	ok := testkit.Poll(settleLimit, func() bool {
 		after = k.uses()
 		return after.fds <= before.fds+slack && after.goroutines <= before.goroutines+slack && after.threads <= before.threads+2*slack
 	})

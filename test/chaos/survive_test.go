@@ -115,7 +115,7 @@ func TestKillWithFiveRunning(t *testing.T) {
 			s.Kill()
 			for _, at := range []string{"network is declared", "sandbox adopted"} {
 				s.Launch()
-				testkit.Eventually(t, settleLimit, "so far: "+at, func() bool { return strings.Contains(s.Log(), at) })
+				testkit.Eventually(t, time.Minute, "so far: "+at, func() bool { return strings.Contains(s.Log(), at) })
 				s.Kill()
 			}
 		}},
@@ -138,7 +138,7 @@ func TestKillWithFiveRunning(t *testing.T) {
 			t.Fatal(err)
 		}
 		s.Kill()
-		testkit.Eventually(t, settleLimit, "past its deadline", func() bool { return time.Now().After(*sb.Deadline) })
+		testkit.Eventually(t, time.Minute, "past its deadline", func() bool { return time.Now().After(*sb.Deadline) })
 		s.Up()
 		up := time.Now()
 		wantEnd(t, ended(t, s, meanwhile), "gone", "ttl")
@@ -163,7 +163,7 @@ func TestReboot(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	testkit.Eventually(t, settleLimit, "without VMs", func() bool { return len(s.VMs()) == 0 })
+	testkit.Eventually(t, time.Minute, "without VMs", func() bool { return len(s.VMs()) == 0 })
 	for _, ns := range s.Namespaces() {
 		run(t, "ip", "netns", "delete", filepath.Base(ns))
 	}

@@ -85,7 +85,7 @@ func TestStoppedVM(t *testing.T) {
 		t.Errorf("a VM that stands still is %s (%s) after a start", sb.State, sb.Cause)
 	}
 	signal(t, s, syscall.SIGCONT)
-	testkit.Eventually(t, settleLimit, "taken over after all", func() bool {
+	testkit.Eventually(t, time.Minute, "taken over after all", func() bool {
 		_, err := shell(t.Context(), s, w.id, "true")
 		return err == nil
 	})

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/dormouse-sandbox/dormouse/api"
+	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
@@ -180,7 +181,7 @@ func (w world) cliLook(id string) {
 	if m := decode[api.Metrics](w, "metrics", id); m.CPUCount != 1 {
 		w.t.Errorf("metrics: %+v", m)
 	}
-	if h := decode[api.Host](w, "host"); h.Accelerator != "tcg" {
+	if h := decode[api.Host](w, "host"); h.Accelerator != testkit.Accelerator() {
 		w.t.Errorf("host: %+v", h)
 	}
 	if s := decode[api.Sandbox](w, "timeout", id, "2h"); s.Deadline == nil {

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/dormouse-sandbox/dormouse/api"
+	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 	"github.com/dormouse-sandbox/dormouse/test/rig"
 )
@@ -43,7 +44,7 @@ func (w world) in(t testing.TB) world { return world{w.Server, t} }
 // context is over.
 func within(t testing.TB, limit time.Duration) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience(limit))
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -131,14 +132,13 @@ func (w world) line(id, user, line string) string {
 func (w world) await(id string, limit time.Duration) api.Sandbox {
 	w.t.Helper()
 	ctx := within(w.t, limit)
-	for {
-		s, err := w.Client.Get(ctx, id)
-		if err != nil {
+	var s api.Sandbox
+	testkit.Eventually(w.t, limit, id+" at its end", func() bool {
+		var err error
+		if s, err = w.Client.Get(ctx, id); err != nil {
 			w.t.Fatalf("wait for the end of %s: %v", id, err)
 		}
-		if sandbox.State(s.State).Ended() {
-			return s
-		}
-		time.Sleep(50 * time.Millisecond) // the API has no way to wait for an end
-	}
+		return sandbox.State(s.State).Ended()
+	})
+	return s
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -25,12 +26,15 @@ func (s *Server) Leftovers() []string {
 	left = append(left, s.processes()...)
 	left = append(left, matches("/run/netns", "dm"+name)...)
 	left = append(left, matches("/run", "dormouse-"+name)...)
+	left = append(left, matches("/sys/fs/cgroup", "dormouse-"+name)...)
+	left = append(left, matches("/dev", "dormouse-"+name)...)
+	left = append(left, files("device", "dm"+name, "/sys/block/dm-*/dm/name")...)
 	left = append(left, matches(filepath.Join(s.Data, "host", "sandboxes"), "")...)
 	left = append(left, lines("link", name, s.in("ip", "-o", "link")...)...)
 	left = append(left, lines("nft", name, s.in("nft", "list", "tables")...)...)
 	left = append(left, lines("mount", name, "cat", "/proc/self/mounts")...)
 	left = append(left, lines("mount", s.Data, "cat", "/proc/self/mounts")...)
-	left = append(left, lines("loop", s.Data, "losetup", "-l", "-n", "-O", "BACK-FILE")...)
+	left = append(left, files("loop", s.Data, "/sys/block/loop*/loop/backing_file")...)
 	return left
 }
 
@@ -55,6 +59,30 @@ func (s *Server) VMs() []int {
 
 // Namespaces lists this server's network namespaces, the prepared ones too.
 func (s *Server) Namespaces() []string { return matches("/run/netns", "dm"+s.Instance+"-") }
+
+// Groups lists the control groups of this server's VMs, which have the names of
+// their sandboxes.
+func (s *Server) Groups() []string {
+	found, _ := filepath.Glob("/sys/fs/cgroup/dormouse-" + s.Instance + "/*/cgroup.procs") // the pattern is right
+	names := []string{}
+	for _, file := range found {
+		names = append(names, filepath.Base(filepath.Dir(file)))
+	}
+	return names
+}
+
+// Overlays lists the sandboxes whose disks are device-mapper's: their names are
+// in those of the devices.
+func (s *Server) Overlays() []string {
+	names := []string{}
+	for _, found := range files("", "dm"+s.Instance+"-o-", "/sys/block/dm-*/dm/name") {
+		_, name, _ := strings.Cut(found, "-o-")
+		id, _, _ := strings.Cut(name, "-")
+		names = append(names, id)
+	}
+	slices.Sort(names)
+	return names
+}
 
 func (s *Server) processes() []string {
 	var out []string
@@ -100,6 +128,22 @@ func matches(dir, part string) []string {
 		}
 	}
 	return out
+}
+
+// files lists the files, by pattern, whose content has a text in it.
+func files(what, part, pattern string) []string {
+	paths, err := filepath.Glob(pattern)
+	if err != nil {
+		return []string{what + ": " + err.Error()}
+	}
+	var found []string
+	for _, path := range paths {
+		data, err := os.ReadFile(path)
+		if err == nil && strings.Contains(string(data), part) { // else it is gone
+			found = append(found, what+": "+path+": "+strings.TrimSpace(string(data)))
+		}
+	}
+	return found
 }
 
 func lines(what, part string, argv ...string) []string {

@@ -143,14 +143,15 @@ func (s *Server) With(env ...string) { s.opts.Env = env }
 func (s *Server) Up() {
 	s.t.Helper()
 	s.Launch()
-	s.await(3 * time.Minute)
+	s.await(testkit.Patience(3 * time.Minute))
 }
 
 // Launch starts the server's process and does not wait.
 func (s *Server) Launch() {
 	s.t.Helper()
 	_ = os.Remove(filepath.Join(s.Data, "server.json")) // of the process before
-	args := append([]string{"up", "--data", s.Data, "--listen", "127.0.0.1:0", "--accel", "tcg"}, s.opts.Args...)
+	args := append([]string{"up", "--data", s.Data, "--listen", "127.0.0.1:0", "--accel", testkit.Accelerator()}, testkit.UpFlags()...)
+	args = append(args, s.opts.Args...)
 	argv := append([]string{s.bin.Dormouse}, args...)
 	if s.opts.NetNS != "" {
 		argv = append([]string{"ip", "netns", "exec", s.opts.NetNS}, argv...)
@@ -237,7 +238,7 @@ func (s *Server) Stop() {
 	}
 	select {
 	case <-s.ended:
-	case <-time.After(time.Minute):
+	case <-time.After(testkit.Patience(time.Minute)):
 		s.t.Fatalf("the server does not stop:\n%s", s.Log())
 	}
 }
@@ -245,7 +246,7 @@ func (s *Server) Stop() {
 // Down runs dormouse down.
 func (s *Server) Down() {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience(3*time.Minute))
 	defer cancel()
 	argv := []string{s.bin.Dormouse, "down", "--data", s.Data}
 	if s.opts.NetNS != "" {
@@ -276,7 +277,7 @@ func (s *Server) end() {
 // CLI runs the command line against this server, with input on its stdin.
 func (s *Server) CLI(stdin string, args ...string) (stdout, stderr string, code int) {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience(2*time.Minute))
 	defer cancel()
 	cmd := exec.CommandContext(ctx, s.bin.Dormouse, args...)
 	var out, errs bytes.Buffer
