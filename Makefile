@@ -26,15 +26,20 @@ VERSION   := $(shell git -c safe.directory='*' describe --tags --always --dirty 
 BUILD     := $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
 STAGE     := scripts/stage
 # With REQUIRE a skipped test is a failure: all of this is installed by `make check-deps` or prepared by check-assets.
-REQUIRE_TOOLS := assets,buf,e2fsprogs,ip,iptables-nft,mke2fs,mmdebstrap,nft,qemu-img,qemu-io,qemu-system-x86_64,xz
+REQUIRE_TOOLS := assets,buf,busybox-static,bzip2,e2fsprogs,ip,iptables-nft,mke2fs,mmdebstrap,musl,nft,qemu-img,qemu-io,qemu-system-x86_64,xz
 TESTFLAGS ?=
 # Packages whose tests need root, found by what they call. Whole-system tests have stages of their own.
 ROOT_PKGS  = $(shell grep -rlw --include='*_test.go' 'testkit\.Root' . | grep -v -E '^\./(test|build)/' | xargs -r -n1 dirname | sort -u)
-UNIT_PKGS  = $(filter-out $(patsubst ./%,github.com/dormouse-sandbox/dormouse/%,$(ROOT_PKGS)),$(shell $(GO) list ./... | grep -v '/dormouse/test/'))
+UNIT_PKGS  = $(filter-out $(patsubst ./%,github.com/dormouse-sandbox/dormouse/%,$(ROOT_PKGS)),$(shell $(GO) list ./... | grep -vE '/dormouse/test/(api|bench|chaos|e2e|sdk|up)$$'))
 AS_ROOT    = $(if $(SUDO)$(AS_USER),-exec "$(CURDIR)/scripts/as-root",)
 SYSTEM     = $(GO) test -count=1 -p 1 $(AS_ROOT) $(TESTFLAGS)
 
-.PHONY: help up down demo doctor deps check-deps build release generate fmt check check-all bench \
+# Packages whose tests need root, KVM or device-mapper run in the lab, a Linux host under QEMU's software emulation, too.
+LAB_PKGS ?= ./cgroup ./disk/dm ./netns ./host ./host/base ./vmm/qemu ./test/up
+PKG      ?= $(LAB_PKGS)
+LABFLAGS ?=
+
+.PHONY: lab lab-shell lab-ready check-lab check-lab-all help up down demo doctor deps check-deps build release generate fmt check check-all bench \
         check-format check-vet check-lint check-build check-assets check-unit check-root check-e2e
 
 help: ## this list
@@ -73,7 +78,7 @@ fmt: ## format all Go code
 
 check: check-deps ## everything CI runs
 	@start=$$SECONDS; \
-	for s in format vet lint build assets unit root e2e; do $(MAKE) check-$$s; done; \
+	for s in format vet lint build assets unit root e2e lab; do $(MAKE) check-$$s; done; \
 	printf 'make check: all passed in %dm%02ds\n' $$(( (SECONDS-start)/60 )) $$(( (SECONDS-start)%60 ))
 
 check-format:
@@ -102,14 +107,36 @@ check-root:
 	  $(GO) test -timeout 10m -p 1 $(AS_ROOT) $(TESTFLAGS) $(ROOT_PKGS),:)
 
 check-e2e:
-	@REQUIRE=root,$(REQUIRE_TOOLS) $(STAGE) --show "end to end" -- $(SYSTEM) -p 2 -timeout 15m ./test/e2e/... ./test/chaos/...
+	@REQUIRE=root,$(REQUIRE_TOOLS) $(STAGE) --show "end to end" -- $(SYSTEM) -p 2 -timeout 25m ./test/up/... ./test/e2e/... ./test/chaos/...
 
-check-all: check ## check, then what takes longer: the race detector, crash sweeps, soak
+check-all: check ## check, then what takes longer: the race detector, the whole system on KVM in a lab, crash sweeps, soak, public SDKs
 	@if command -v gcc >/dev/null; then \
 	  CGO_ENABLED=1 $(STAGE) --show "unit tests, race detector" -- $(GO) test -race -timeout 20m $(UNIT_PKGS); \
 	else echo "skip race detector: it needs gcc (apt-get install gcc libc6-dev)"; fi
-	@for d in e2e chaos; do if ls test/$$d/*_test.go >/dev/null 2>&1; then \
+	@for d in e2e chaos api sdk; do if ls test/$$d/*_test.go >/dev/null 2>&1; then \
 	  DORMOUSE_LONG=1 REQUIRE=root,$(REQUIRE_TOOLS) $(STAGE) --show "$$d" -- $(SYSTEM) -timeout 60m ./test/$$d/...; fi; done
+	@$(MAKE) check-lab-all
+
+lab: lab-ready ## tests in a host with KVM and device-mapper, under emulation: make lab PKG="./netns ./host" LABFLAGS="-v -run X"
+	@$(AS_USER) build/lab test $(LABFLAGS) $(PKG)
+
+lab-shell: lab-ready ## a root shell in such a host
+	@$(AS_USER) build/lab shell $(LABFLAGS)
+
+# What a lab boots: built once, minutes the first time. Building needs root, using does not.
+lab-ready: check-assets
+	@$(AS_USER) mkdir -p build
+	@$(GO) build -o build/lab ./test/lab
+	@$(GO) build -trimpath -buildvcs=false -ldflags '-s -w -buildid=' -o build/lab-init ./lab/init
+	@$(SUDO) build/lab prepare -init build/lab-init
+
+check-lab:
+	@REQUIRE=$(REQUIRE_TOOLS) $(STAGE) --show "in the lab: KVM, dm, root" -- $(MAKE) lab
+
+# Twenty sandboxes at once need more memory than most labs.
+check-lab-all:
+	@REQUIRE=$(REQUIRE_TOOLS) $(STAGE) --show "in the lab: the whole system on KVM" -- \
+	  $(MAKE) lab PKG="./test/e2e ./test/chaos" LABFLAGS="-mem 10240 -timeout 90m $(LABFLAGS)"
 
 bench: build ## measure, and write docs/benchmarks.md
 	@$(SYSTEM) -timeout 60m -run '^$$' -bench . ./test/bench/...

@@ -108,6 +108,7 @@ var mayImport = []struct {
 	{"vmm", mechanism, mechanismWhy},
 	{"disk", mechanism, mechanismWhy},
 	{"netns", mechanism, mechanismWhy},
+	{"cgroup", mechanism, mechanismWhy},
 	{"snapshot", mechanism, mechanismWhy},
 	{"pager", mechanism, mechanismWhy},
 	{"template", mechanism, mechanismWhy},
@@ -120,7 +121,7 @@ var mayImport = []struct {
 	},
 	{
 		"host",
-		[]string{"vmm", "disk", "netns", "snapshot", "pager", "template", "guest", "sandbox", "internal"},
+		[]string{"vmm", "disk", "netns", "cgroup", "snapshot", "pager", "template", "guest", "sandbox", "internal"},
 		"the host joins the mechanisms; it does not know who asks it",
 	},
 }
