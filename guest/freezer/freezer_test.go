@@ -161,9 +161,12 @@ func sleeper(t *testing.T, dir string) *exec.Cmd {
 		}
 	})
 	cmd := start(t, dir, "exec cat "+at+"/file")
+	wchan := fmt.Sprintf("/proc/%d/wchan", cmd.Process.Pid)
 	testkit.Eventually(t, 20*time.Second, "asleep in the kernel", func() bool {
 		p, err := kernel.StatProc(cmd.Process.Pid)
-		return err == nil && p.State == 'D'
+		where, _ := os.ReadFile(wchan) // of nobody: nowhere
+		// In state D it also is while the program itself is read from a slow disk.
+		return err == nil && p.State == 'D' && strings.HasPrefix(string(where), "fuse")
 	})
 	return cmd
 }
