@@ -12,3 +12,6 @@ func ParseMemo(text string) (pool netip.Prefix, forwarding string, ok bool) {
 	m, ok := parseMemo(text)
 	return m.pool, m.forwarding, ok
 }
+
+// MakeDir prepares a folder for namespaces.
+var MakeDir = makeDir

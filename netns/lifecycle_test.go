@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/dormouse-sandbox/dormouse/internal/fault"
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
@@ -112,6 +114,29 @@ func TestAdoptAfterRestart(t *testing.T) {
 	if _, err := second.Adopt(t.Context(), online.Index()); !sandbox.Is(err, sandbox.KindConflict) {
 		t.Errorf("adopting twice: %v", err)
 	}
+}
+
+// TestNobodyMountsOverNamespaces does what the first `ip netns add` does: it
+// mounts the folder over itself, unless that is shared already.
+func TestNobodyMountsOverNamespaces(t *testing.T) {
+	testkit.Root(t)
+	dir := filepath.Join(t.TempDir(), "netns")
+	t.Cleanup(func() { run(t, "umount "+dir) }) // fails if it was mounted not at all
+	var g errgroup.Group
+	for range 8 {
+		g.Go(func() error { return netns.MakeDir(dir) })
+	}
+	if err := g.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(string(mounts), " "+dir+" "); n != 1 {
+		t.Errorf("it is mounted %d times", n)
+	}
+	run(t, "mount --make-shared "+dir) // fails if the folder is no mount
 }
 
 func TestAdoptRefusesWhatIsNotWhole(t *testing.T) {

@@ -16,7 +16,7 @@ const nsfsMagic = 0x6e736673
 // createNamespace makes a namespace and mounts it at path, where it lives
 // until removeNamespace, whatever becomes of this process.
 func createNamespace(ctx context.Context, path string) error {
-	if err := do(ctx, "namespace-dir", "make "+nsDir, func() error { return os.MkdirAll(nsDir, 0o755) }); err != nil {
+	if err := do(ctx, "namespace-dir", "make "+nsDir, func() error { return makeDir(nsDir) }); err != nil {
 		return err
 	}
 	err := do(ctx, "namespace-file", "make namespace file", func() error {
@@ -37,6 +37,43 @@ func createNamespace(ctx context.Context, path string) error {
 			return unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
 		})
 	})
+}
+
+// makeDir makes a folder for namespaces, and a mount of its own of it, shared, as
+// iproute2 wants it: the first `ip netns add` would otherwise mount the folder over
+// itself, and what we had mounted there lay below, where nobody can unmount it.
+func makeDir(dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	if isMount(dir) {
+		return nil
+	}
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = f.Close() }() // releases the lock
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		return fmt.Errorf("lock %s: %w", dir, err)
+	}
+	if isMount(dir) { // somebody was faster
+		return nil
+	}
+	if err := unix.Mount(dir, dir, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+		return fmt.Errorf("mount %s over itself: %w", dir, err)
+	}
+	if err := unix.Mount("", dir, "", unix.MS_SHARED|unix.MS_REC, ""); err != nil {
+		return fmt.Errorf("share the mount of %s: %w", dir, err)
+	}
+	return nil
+}
+
+// isMount says whether a file system is mounted at path, a part of the same one too.
+func isMount(path string) bool {
+	var st unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW, 0, &st)
+	return err == nil && st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0
 }
 
 // isNamespace says whether a namespace is mounted at path.
