@@ -36,7 +36,7 @@ func TestPauseSnapshotFork(t *testing.T) {
 	if got := w.sh(s.ID, "sha256sum -c sum; cat /tmp/life"); got != "big: OK\nstarted" {
 		t.Errorf("after the resume: %q", got)
 	}
-	first := w.sh(s.ID, "cat /tmp/now")
+	first := w.sh(s.ID, "until [ -s /tmp/now ]; do sleep 0.1; done; cat /tmp/now") // it was paused soon after its start
 	within10s := time.Now().Add(time.Minute)
 	for w.sh(s.ID, "cat /tmp/now") == first {
 		if time.Now().After(within10s) {
