@@ -72,6 +72,9 @@ type Restore struct {
 	// Compat is the Capabilities.Compat of the driver that saved it. A driver with
 	// another one refuses, as a conflict, with both values.
 	Compat string
+	// Console is what the guest had printed, or the end of that: the console log
+	// begins with it.
+	Console []byte
 }
 
 // PageSize is the unit in which memory is compared and kept, in bytes.

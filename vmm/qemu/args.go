@@ -66,7 +66,7 @@ func (d *Driver) args(spec vmm.Spec, fd fds) ([]string, error) {
 	}
 	if fd.tap != 0 {
 		args = append(args, "-netdev", fmt.Sprintf("tap,id=net0,fd=%d,vhost=off", fd.tap),
-			"-device", "virtio-net-device,netdev=net0,mac="+spec.MAC)
+			"-device", "virtio-net-device,netdev=net0,guest_announce=off,mac="+spec.MAC)
 	}
 	return args, nil
 }

@@ -54,7 +54,7 @@ func unattended(t *testing.T, serve func(conn net.Conn, lines *bufio.Scanner)) *
 	d := &Driver{config: withDefaults(Config{}), held: map[string]int{}}
 	m := d.newMachine(vmm.Record{ID: "stand-in", Driver: Name, Dir: dir}, &u)
 	m.pid = pid
-	if _, err := m.openLogs(dir, &fds{}, &inherit{}, &u); err != nil {
+	if _, err := m.openLogs(dir, nil, &fds{}, &inherit{}, &u); err != nil {
 		t.Fatal(err)
 	}
 	if err := m.identify(); err != nil {

@@ -14,7 +14,7 @@ import (
 
 // layout counts the changes of our own command line that a saved VM notices: the
 // machine type's options, the devices and their order.
-const layout = 1
+const layout = 2
 
 // compat is everything that a saved VM needs to find again. The microvm machine
 // has no versions, so QEMU's is one. Under KVM a guest sees the host's processor.

@@ -98,7 +98,7 @@ func TestTheCounterMustRunAsItDid(t *testing.T) {
 
 func TestCompatNamesWhatAGuestSees(t *testing.T) {
 	emulated := (&Driver{version: "7.2.22", config: Config{Accelerator: TCG}}).compat()
-	if emulated != "qemu 7.2.22, tcg, max, layout 1" {
+	if emulated != "qemu 7.2.22, tcg, max, layout 2" {
 		t.Errorf("emulated: %q", emulated)
 	}
 	if cpu := kernel.CPUModel(); (&Driver{config: Config{Accelerator: KVM}}).compat() != "" || strings.Contains(emulated, cpu) {

@@ -125,7 +125,11 @@ func (d *Driver) groups() []uint32 {
 // all of it to be inherited.
 func (m *machine) open(spec vmm.Spec, in *inherit, u *undo.Stack) (fds, *os.File, error) {
 	var fd fds
-	output, err := m.openLogs(spec.Dir, &fd, in, u)
+	var said []byte
+	if spec.Restore != nil {
+		said = spec.Restore.Console
+	}
+	output, err := m.openLogs(spec.Dir, said, &fd, in, u)
 	if err != nil {
 		return fd, nil, err
 	}
@@ -178,7 +182,8 @@ func openOrigin(spec vmm.Spec, fd *fds, in *inherit) error {
 	return nil
 }
 
-func (m *machine) openLogs(dir string, fd *fds, in *inherit, u *undo.Stack) (*os.File, error) {
+// openLogs makes both; that of the console begins with what the guest has said.
+func (m *machine) openLogs(dir string, said []byte, fd *fds, in *inherit, u *undo.Stack) (*os.File, error) {
 	var writers [2]*os.File
 	for i, l := range []struct {
 		name string
@@ -195,6 +200,9 @@ func (m *machine) openLogs(dir string, fd *fds, in *inherit, u *undo.Stack) (*os
 		in.add(writer)
 	}
 	fd.console = firstFD // added first
+	if _, err := writers[0].Write(said); err != nil {
+		return nil, fmt.Errorf("begin %s: %w", consoleName, err)
+	}
 	return writers[1], nil
 }
 

@@ -36,6 +36,9 @@ type vm struct {
 
 func newVM(d *Driver, spec vmm.Spec, listener *port, stop context.CancelFunc) *vm {
 	v := &vm{driver: d, spec: spec, listener: listener, stop: stop, disk: spec.DiskPath, done: make(chan struct{})}
+	if spec.Restore != nil {
+		_, _ = v.console.Write(spec.Restore.Console) // it never fails
+	}
 	v.spec.Restore = nil // its descriptor is the caller's
 	return v
 }
