@@ -37,6 +37,10 @@ const startGrace = 2 * time.Second
 // is up.
 const killLimit = 30 * time.Second
 
+// endGrace is how long a broken stream waits for the news that its sandbox has
+// ended.
+const endGrace = time.Second
+
 // watchSilence returns a context that ends when its timer has not been reset or
 // stopped for too long.
 func watchSilence(ctx context.Context) (context.Context, *time.Timer) {
@@ -106,6 +110,7 @@ type ExecEnd struct {
 // Process is a command in a guest.
 type Process struct {
 	g        *guest
+	gone     context.Context // ends with the sandbox
 	user     string
 	pid      uint32
 	tty      bool
@@ -158,7 +163,7 @@ func (a *Agent) follow(ctx context.Context, id, user string, open func(caller co
 		cancel()
 		return nil, err
 	}
-	return launch(ctx, b.alive, &Process{g: g, user: user, cancel: cancel, done: done}, open)
+	return launch(ctx, b.alive, &Process{g: g, gone: b.alive, user: user, cancel: cancel, done: done}, open)
 }
 
 // launch starts or finds a command for a caller who may go away, in a sandbox that
@@ -292,7 +297,19 @@ func (r *Process) Output(fn func(stdout, stderr []byte) error) (ExecEnd, error) 
 	if err == nil {
 		err = io.ErrUnexpectedEOF
 	}
-	return ExecEnd{}, rpcError(r.ctx, err)
+	return ExecEnd{}, r.brokenOff(err)
+}
+
+// brokenOff is why a stream has ended before its command. Most often that is the
+// first sign of the sandbox's end, which has a cause that says more.
+func (r *Process) brokenOff(err error) error {
+	select {
+	case <-r.gone.Done():
+		return context.Cause(r.gone)
+	case <-r.ctx.Done():
+	case <-time.After(endGrace):
+	}
+	return rpcError(r.ctx, err)
 }
 
 func (r *Process) endOf(end *process.ProcessEvent_EndEvent) ExecEnd {
@@ -396,7 +413,9 @@ func (r *Process) Finish(ended bool) {
 	}
 	if !ended && !r.keep && r.pid != 0 {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.ctx), killLimit)
+		stop := context.AfterFunc(r.gone, cancel)        // where a guest was, nobody answers
 		_ = r.signal(ctx, process.Signal_SIGNAL_SIGKILL) // the guest may be gone with it
+		stop()
 		cancel()
 	}
 	r.cancel()

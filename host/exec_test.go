@@ -3,7 +3,9 @@ package host_test
 import (
 	"context"
 	"errors"
+	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -159,5 +161,36 @@ func TestNoGuestHoldsUpAStop(t *testing.T) {
 	r.vms.Reboot("the guest ends") // and with it the attempt to kill
 	if err := <-ended; err == nil {
 		t.Error("a command that was not killed has ended well")
+	}
+}
+
+// TestWhoFollowsIsToldAtOnceOfTheEnd: where a VM was, nobody answers, and nobody
+// waits for that.
+func TestWhoFollowsIsToldAtOnceOfTheEnd(t *testing.T) {
+	r, guest := newRig(t), &commands{}
+	guest.serve(r)
+	agent := r.open()
+	id := r.mustCreate()
+	ended := make(chan error)
+	go func() { ended <- follow(context.Background(), agent, id) }()
+	testkit.Eventually(t, 5*time.Second, "it runs", func() bool { return guest.alive() == 1 })
+	mute, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = mute.Close() }() // nobody answers who calls
+	r.networks.mu.Lock()
+	r.networks.everybody = mute.Addr().String()
+	r.networks.mu.Unlock()
+	if err := r.vms.Crash(id); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-ended:
+		if err == nil || !strings.Contains(err.Error(), string(sandbox.CauseVMMCrash)) {
+			t.Errorf("he was told %v", err)
+		}
+	case <-time.After(10 * time.Second): // killing is given up after 30
+		t.Fatal("he is not told")
 	}
 }

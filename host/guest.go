@@ -261,6 +261,9 @@ func rpcError(ctx context.Context, err error) error {
 	if cause := context.Cause(ctx); cause != nil {
 		return cause
 	}
+	if errors.Is(err, io.ErrUnexpectedEOF) { // to Connect that is a wrong argument
+		return sandbox.Errorf(sandbox.KindTransient, "the guest agent broke off: %w", err)
+	}
 	var ce *connect.Error
 	if !errors.As(err, &ce) {
 		return sandbox.Errorf(sandbox.KindTransient, "the guest agent does not answer: %w", err)

@@ -134,7 +134,7 @@ func (s *startup) run(ctx context.Context, c Command) (*Process, error) {
 	if err := c.check(); err != nil {
 		return nil, err
 	}
-	return launch(ctx, ctx, &Process{g: s.g, user: c.User, cancel: func() {}, done: func() {}},
+	return launch(ctx, ctx, &Process{g: s.g, gone: context.WithoutCancel(ctx), user: c.User, cancel: func() {}, done: func() {}},
 		func(caller context.Context, r *Process) error { return r.start(caller, c, false) })
 }
 
