@@ -210,6 +210,12 @@ func (m *machine) restoreVM(ctx context.Context, p plan, watch *stopwatch) error
 	if err != nil {
 		return err
 	}
+	var console []byte
+	if !p.from.Console.IsZero() {
+		if console, err = m.a.cfg.Snapshots.Object(p.from.Console); err != nil {
+			return err
+		}
+	}
 	memory, err := m.a.cfg.Images.Memory(p.from.Memory)
 	if err != nil {
 		return fmt.Errorf("open memory: %w", err)
@@ -220,7 +226,7 @@ func (m *machine) restoreVM(ctx context.Context, p plan, watch *stopwatch) error
 		return err
 	}
 	defer func() { _ = tap.Close() }() // the VMM has its own
-	spec.Restore = &vmm.Restore{Memory: memory, Devices: devices, Compat: p.from.Compat}
+	spec.Restore = &vmm.Restore{Memory: memory, Devices: devices, Compat: p.from.Compat, Console: console}
 	watch.lap("images")
 	if err := fault.Point(ctx, "host/restore/vm"); err != nil {
 		return err

@@ -2,6 +2,7 @@ package host
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -38,6 +39,7 @@ func (c changes) blocks() (n int64) {
 // moment is all that was asked of a VM while it stood still. It must be closed.
 type moment struct {
 	devices []byte
+	console []byte // the end of what the guest has printed
 	memory  changes
 	disk    changes
 	guest   sandbox.ID // who the guest was
@@ -99,6 +101,7 @@ func (m *machine) look(ctx context.Context, watch *stopwatch, diskNow func(conte
 	if now.devices, err = m.vm.Save(ctx); err != nil {
 		return now, fmt.Errorf("save devices: %w", err)
 	}
+	now.console = m.printed()
 	watch.phase(sandbox.PhaseDeviceState)
 	if err := fault.Point(ctx, "host/capture/scan"); err != nil {
 		return now, err
@@ -122,6 +125,21 @@ func (m *machine) look(ctx context.Context, watch *stopwatch, diskNow func(conte
 	now.disk.bytes = newSectionReader(func(p []byte, off int64) error { return readAll(blocks, p, off) }, now.disk.runs)
 	watch.phase(sandbox.PhaseDirtyScan)
 	return now, nil
+}
+
+// printedKept is how much of a console goes on with a VM, in bytes: a boot prints
+// less.
+const printedKept = 64 << 10
+
+// printed is the end of what the guest has printed. A log that cannot be read is no
+// reason not to save a VM.
+func (m *machine) printed() []byte {
+	data, _, err := m.vm.Console(-printedKept, printedKept)
+	if err != nil {
+		m.a.log.Warn("console log not kept with the saved VM", "sandbox", m.id, "err", err)
+		return nil
+	}
+	return bytes.ReplaceAll(data, []byte{0}, nil) // which a log has where nothing was written
 }
 
 // readAll reads all of p. What lies behind the end of a disk of odd size is zero.
@@ -219,13 +237,22 @@ func (a *Agent) keep(ctx context.Context, e entry, now moment, watch *stopwatch)
 	if err := fault.Point(ctx, "host/capture/objects"); err != nil {
 		return nil, nil, err
 	}
-	pin, err := a.cfg.Snapshots.WriteObject(ctx, now.devices)
-	if err != nil {
-		return nil, nil, fmt.Errorf("keep devices: %w", err)
+	for _, object := range []struct {
+		what   string
+		data   []byte
+		digest *snapshot.Digest
+	}{{"devices", now.devices, &p.Devices}, {"console", now.console, &p.Console}} {
+		if len(object.data) == 0 {
+			continue
+		}
+		pin, err := a.cfg.Snapshots.WriteObject(ctx, object.data)
+		if err != nil {
+			return nil, nil, fmt.Errorf("keep %s: %w", object.what, err)
+		}
+		pins = append(pins, pin)
+		*object.digest = pin.Digest
+		p.Written += int64(len(object.data))
 	}
-	pins = append(pins, pin)
-	p.Devices = pin.Digest
-	p.Written += int64(len(now.devices))
 	if err := a.measure(p); err != nil {
 		return nil, nil, err
 	}

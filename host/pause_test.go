@@ -92,6 +92,42 @@ func TestAPauseCostsWhatHasChanged(t *testing.T) {
 	}
 }
 
+// TestTheConsoleGoesOn: what a guest has printed is there after a pause, in a
+// copy, and in what is made of a snapshot.
+func TestTheConsoleGoesOn(t *testing.T) {
+	r := newSnapshotRig(t)
+	r.open()
+	prints := func(id sandbox.ID) int {
+		t.Helper()
+		data, _, err := r.agent.Console(string(id), 0, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Count(string(data), "fake guest of")
+	}
+	id := r.mustCreate() // goes on from a warm snapshot, or makes it
+	began := prints(id)
+	for range 2 {
+		r.mustPause(id)
+		r.mustResume(id)
+	}
+	if n := prints(id); n != began+2 {
+		t.Errorf("its console names %d guests, want %d", n, began+2)
+	}
+	if _, _, err := r.agent.Snapshot(t.Context(), string(id), "kept", nil); err != nil {
+		t.Fatal(err)
+	}
+	r.restart() // it is in the store
+	req := r.request()
+	req.Spec.Template = "kept"
+	if _, err := r.agent.Create(t.Context(), req); err != nil {
+		t.Fatal(err)
+	}
+	if n := prints(req.ID); n != began+3 {
+		t.Errorf("the console of one made of a snapshot names %d guests, want %d", n, began+3)
+	}
+}
+
 // TestPauseFailsAt fails every step of a pause in turn. The sandbox runs on, or it
 // is paused; what it knows is right either way, also after one pause more.
 func TestPauseFailsAt(t *testing.T) {

@@ -33,6 +33,7 @@ type point struct {
 	Memory  snapshot.Digest `json:"memory"`
 	Disk    snapshot.Digest `json:"disk"`
 	Devices snapshot.Digest `json:"devices"`
+	Console snapshot.Digest `json:"console,omitzero"` // the end of what the guest has printed, if anything
 	// Compat is of the VMM that saved it; another one cannot load it.
 	Compat string `json:"compat"`
 	// Guest is who the guest was: it listens to what is signed for that name.
@@ -76,7 +77,11 @@ func (p *point) roots() []snapshot.Digest {
 	if p == nil {
 		return nil
 	}
-	return []snapshot.Digest{p.Memory, p.Disk, p.Devices}
+	roots := []snapshot.Digest{p.Memory, p.Disk, p.Devices}
+	if !p.Console.IsZero() {
+		roots = append(roots, p.Console)
+	}
+	return roots
 }
 
 // ref names a point in the store.
@@ -85,11 +90,15 @@ func (p *point) ref(name string) (snapshot.Ref, error) {
 	if err != nil {
 		return snapshot.Ref{}, err
 	}
-	return snapshot.Ref{
+	ref := snapshot.Ref{
 		Name: name, CreatedAt: p.At, Meta: meta,
 		Manifests: map[string]snapshot.Digest{"memory": p.Memory, "disk": p.Disk},
 		Objects:   map[string]snapshot.Digest{"devices": p.Devices},
-	}, nil
+	}
+	if !p.Console.IsZero() {
+		ref.Objects["console"] = p.Console
+	}
+	return ref, nil
 }
 
 // pointOf reads a point back. What the reference keeps must be what the point
@@ -99,7 +108,7 @@ func pointOf(r snapshot.Ref) (*point, error) {
 	if err := json.Unmarshal(r.Meta, p); err != nil {
 		return nil, fmt.Errorf("snapshot %s: %w", r.Name, err)
 	}
-	if p.Memory != r.Manifests["memory"] || p.Disk != r.Manifests["disk"] || p.Devices != r.Objects["devices"] || p.Memory.IsZero() || p.Devices.IsZero() {
+	if p.Memory != r.Manifests["memory"] || p.Disk != r.Manifests["disk"] || p.Devices != r.Objects["devices"] || p.Console != r.Objects["console"] || p.Memory.IsZero() || p.Devices.IsZero() {
 		return nil, fmt.Errorf("snapshot %s: it does not keep what it says it is made of", r.Name)
 	}
 	return p, nil
