@@ -96,6 +96,9 @@ func (loops) LoopAt(dev uint64) (_ loop, err error) {
 	}
 	dir := filepath.Join(sysDevBlock, number(dev), "loop")
 	path, err := os.ReadFile(filepath.Join(dir, "backing_file"))
+	if errors.Is(err, unix.ENODEV) { // it was opened, and then the device let go of its file
+		return loop{}, fmt.Errorf("%w: %w", fs.ErrNotExist, err)
+	}
 	if err != nil {
 		return loop{}, err
 	}
