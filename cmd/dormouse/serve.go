@@ -124,7 +124,7 @@ func openHost(ctx context.Context, o upOptions, p prepared, log *slog.Logger, u 
 		return nil, err
 	}
 	agent, err := host.Open(ctx, host.Config{
-		Snapshots: kept.store, Images: kept.hostImages(),
+		Snapshots: kept.store, Images: kept.hostImages(), Warm: true,
 		Dir: o.inst.hostDir(), RunDir: o.inst.runDir(), Instance: o.inst.name, Version: version,
 		VMM: p.vmm, Disks: disks.drivers, DiskReason: disks.reason, Groups: groups, GroupsReason: noGroups,
 		Networks: host.Slots{Network: networks}, Templates: p.templates, Kitchen: p.templates,

@@ -65,6 +65,15 @@ func createFor(t testing.TB, s *rig.Server, life time.Duration) string {
 	return sb.ID
 }
 
+// warm creates and deletes a sandbox: those that come after it do not boot.
+func warm(t testing.TB, s *rig.Server) {
+	t.Helper()
+	id := create(t, s)
+	if _, err := remove(t, s, id); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // sh runs a shell line in a sandbox and returns its output.
 func sh(t testing.TB, s *rig.Server, id, line string) string {
 	t.Helper()
