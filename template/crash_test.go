@@ -111,16 +111,14 @@ func TestKilledAtEveryStep(t *testing.T) {
 			t.Fatalf("the steps %v do not hold %s", points, must)
 		}
 	}
-	for _, point := range points {
-		t.Run(strings.ReplaceAll(point, "/", "_"), func(t *testing.T) {
-			cfg := config(t)
-			out, err := builderCmd(t, cfg, point+"=kill").CombinedOutput()
-			if err == nil || !strings.Contains(err.Error(), "killed") {
-				t.Fatalf("builder: %v\n%s", err, out)
-			}
-			afterCrash(t, cfg)
-		})
-	}
+	testkit.Each(t, points, func(t *testing.T, point string) {
+		cfg := config(t)
+		out, err := builderCmd(t, cfg, point+"=kill").CombinedOutput()
+		if err == nil || !strings.Contains(err.Error(), "killed") {
+			t.Fatalf("builder: %v\n%s", err, out)
+		}
+		afterCrash(t, cfg)
+	})
 }
 
 // afterCrash asks for: all or nothing, no leftovers, and a build that works.
@@ -158,21 +156,17 @@ func afterCrash(t *testing.T, cfg template.Config) {
 
 func TestFailedAtEveryStep(t *testing.T) {
 	newFakes(t, fakeBoth(t))
-	for _, point := range durable(t) {
-		t.Run(strings.ReplaceAll(point, "/", "_"), func(t *testing.T) {
-			cfg := config(t)
-			disarm := fault.Set(point, fault.Fail)
-			err := builder([]string{cfg.Dir, cfg.Cache, cfg.Keyring})
-			disarm()
-			if err == nil {
-				t.Fatal("no error")
-			}
-			if _, err := os.Stat(filepath.Join(cfg.Cache, "work")); err == nil {
-				noTemp(t, cfg)
-			}
-			afterCrash(t, cfg)
-		})
-	}
+	testkit.Each(t, durable(t), func(t *testing.T, point string) {
+		cfg := config(t)
+		out, err := builderCmd(t, cfg, point+"=error").CombinedOutput()
+		if err == nil || !strings.Contains(string(out), fault.ErrInjected.Error()) {
+			t.Fatalf("builder: %v\n%s", err, out)
+		}
+		if _, err := os.Stat(filepath.Join(cfg.Cache, "work")); err == nil {
+			noTemp(t, cfg)
+		}
+		afterCrash(t, cfg)
+	})
 }
 
 func TestKilledBuilderTakesItsToolsAlong(t *testing.T) {

@@ -5,9 +5,11 @@ package testkit
 import (
 	"os"
 	"os/exec"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -55,6 +57,26 @@ func Patience(limit time.Duration) time.Duration {
 		return limit
 	}
 	return limit * time.Duration(factor)
+}
+
+// Each runs a test for every one of names, as many at a time as there are
+// processors. It is for tests that share nothing within this process.
+func Each(t *testing.T, names []string, test func(t *testing.T, name string)) {
+	t.Helper()
+	var wg sync.WaitGroup
+	next := make(chan string)
+	for range runtime.GOMAXPROCS(0) {
+		wg.Go(func() {
+			for name := range next {
+				t.Run(strings.ReplaceAll(name, "/", "_"), func(t *testing.T) { test(t, name) })
+			}
+		})
+	}
+	for _, name := range names {
+		next <- name
+	}
+	close(next)
+	wg.Wait()
 }
 
 // Eventually waits until cond holds, and fails the test after limit, for which

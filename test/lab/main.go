@@ -40,6 +40,7 @@ type options struct {
 	timeout time.Duration
 	verbose bool
 	run     string
+	skip    string
 	ship    list
 	env     list
 	bin     string
@@ -65,6 +66,7 @@ func main() {
 	flags.DurationVar(&o.timeout, "timeout", 15*time.Minute, "everything ends by then")
 	flags.BoolVar(&o.verbose, "v", false, "show all output as it comes (test)")
 	flags.StringVar(&o.run, "run", "", "only tests that match (test)")
+	flags.StringVar(&o.skip, "skip", "", "no tests that match (test)")
 	flags.Var(&o.ship, "ship", "FOLDER:PATH: put a copy of a folder there (may be repeated)")
 	flags.Var(&o.env, "env", "NAME=VALUE for what runs inside (may be repeated)")
 	flags.StringVar(&o.bin, "bin", "", "programs to ship instead of building them (test)")

@@ -168,6 +168,9 @@ func (o options) runSuite(ctx context.Context, s *session, t suite) (bool, error
 	if o.run != "" {
 		args = append(args, "-test.run="+o.run)
 	}
+	if o.skip != "" {
+		args = append(args, "-test.skip="+o.skip)
+	}
 	env := append([]string{
 		"REQUIRE=" + requirements(os.Getenv("REQUIRE")), "DORMOUSE_LONG=" + os.Getenv("DORMOUSE_LONG"),
 		"DORMOUSE_BIN=" + insideBin, "DORMOUSE_ASSETS=/var/cache/dormouse/assets", "DORMOUSE_LAB=1", "DORMOUSE_ACCEL=kvm", "DORMOUSE_UP=--boot-timeout 5m", "DORMOUSE_PATIENCE=4",
