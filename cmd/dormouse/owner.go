@@ -12,6 +12,7 @@ import (
 	"github.com/dormouse-sandbox/dormouse/client"
 	"github.com/dormouse-sandbox/dormouse/control/auth"
 	"github.com/dormouse-sandbox/dormouse/control/store"
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
@@ -51,12 +52,12 @@ func invokingUser() (owner, error) {
 
 // readConfig and writeConfig reach no further than the owner does.
 func (o owner) readConfig() (c config, err error) {
-	err = asUser(o.uid, o.gid, func() (err error) { c, err = readConfig(o.config); return err })
+	err = kernel.AsUser(o.uid, o.gid, nil, func() (err error) { c, err = readConfig(o.config); return err })
 	return c, err
 }
 
 func (o owner) writeConfig(path string, c config) error {
-	return asUser(o.uid, o.gid, func() error { return writeConfig(path, c, o.uid, o.gid) })
+	return kernel.AsUser(o.uid, o.gid, nil, func() error { return writeConfig(path, c, o.uid, o.gid) })
 }
 
 // ensureKey makes sure that the owner's config file leads to the server, and
