@@ -78,8 +78,13 @@ const copyBytes = 32 * BlockBytes
 // Copy writes all that a reader has into an empty file, without the zeros, and
 // returns how long that is.
 func Copy(to *os.File, from io.Reader) (int64, error) {
+	return CopyBuffer(to, from, make([]byte, copyBytes))
+}
+
+// CopyBuffer is Copy with a buffer of the caller's, whose length is a multiple of
+// BlockBytes.
+func CopyBuffer(to *os.File, from io.Reader, buf []byte) (int64, error) {
 	var size int64
-	buf := make([]byte, copyBytes)
 	for {
 		n, err := io.ReadFull(from, buf)
 		if err := WriteAt(to, buf[:n], size); err != nil {
