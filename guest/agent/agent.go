@@ -92,7 +92,8 @@ func New(cfg Config) *Agent {
 	filesystemPath, filesystem := filesystemconnect.NewFilesystemHandler(cfg.Files, options...)
 	a.mux.Handle(processPath, a.guarded(process))
 	a.mux.Handle(filesystemPath, a.guarded(filesystem))
-	a.mux.Handle("/files", a.introduced(cfg.Files)) // a signature may stand for the token: files decides
+	a.mux.Handle("/files", a.introduced(cfg.Files))                                      // a signature may stand for the token: files decides
+	a.mux.Handle(guestapi.PathTree, a.introduced(http.HandlerFunc(cfg.Files.ServeTree))) // likewise
 	a.mux.Handle("GET /metrics", a.guarded(http.HandlerFunc(a.serveMetrics)))
 	a.mux.Handle("GET /envs", a.guarded(http.HandlerFunc(a.serveEnvs)))
 	a.mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
@@ -154,7 +155,7 @@ func (a *Agent) guarded(next http.Handler) http.Handler {
 
 // unauthorized answers in the form that the caller's protocol understands.
 func (a *Agent) unauthorized(w http.ResponseWriter, r *http.Request, message string) {
-	if r.Method == http.MethodPost && r.URL.Path != "/files" && a.errors.IsSupported(r) { // a call
+	if r.Method == http.MethodPost && r.URL.Path != "/files" && r.URL.Path != guestapi.PathTree && a.errors.IsSupported(r) { // a call
 		_ = a.errors.Write(w, r, connect.NewError(connect.CodeUnauthenticated, errors.New(message))) // the caller is gone
 		return
 	}

@@ -1,8 +1,9 @@
 // Package files is the filesystem service of the guest's contract, and its HTTP
-// half: GET and POST /files.
+// half: GET and POST /files, and /files/tree.
 //
 // It acts as the agent's own user, which is root in a VM; what it makes belongs
-// to the user of the request. Only regular files are read and written: a device
+// to the user of the request. /files/tree acts with that user's rights alone: how
+// far a tree reaches nobody sees beforehand. Only regular files are read and written: a device
 // or a pipe never ends. An upload appears under its name whole or not at all.
 // Both ways stream with a fixed buffer, so size has no cap but the disk.
 package files

@@ -48,6 +48,12 @@ func statusOf(err error) int {
 		errors.Is(err, io.ErrUnexpectedEOF):
 		return http.StatusBadRequest
 	}
+	switch sandbox.KindOf(err) {
+	case sandbox.KindInvalid:
+		return http.StatusBadRequest
+	case sandbox.KindConflict:
+		return http.StatusConflict
+	}
 	return http.StatusInternalServerError
 }
 

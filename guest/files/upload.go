@@ -15,13 +15,14 @@ import (
 
 	"github.com/dormouse-sandbox/dormouse/guest/account"
 	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
+	"github.com/dormouse-sandbox/dormouse/internal/tree"
 )
 
 // These mark what an upload has not published yet: a new file, and one that will
 // replace another. Their maker removes them, and watchers read them (see watch).
 const (
-	tempNew     = ".dormouse-upload-"
-	tempReplace = ".dormouse-replace-"
+	tempNew     = tree.TempNew
+	tempReplace = tree.TempReplace
 )
 
 // copyBuffer is the size of the one buffer an upload uses, in bytes.

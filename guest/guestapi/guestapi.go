@@ -29,6 +29,12 @@ const (
 	HeaderRecord    = "X-Dormouse-Record"       // of a start: the name under which its output is kept
 )
 
+// PathTree is where directories are read and written as tar streams, of TreeType.
+const (
+	PathTree = "/files/tree"
+	TreeType = "application/x-tar"
+)
+
 // Records is the guest's directory for the output of processes that were started
 // with HeaderRecord: NAME.log, and NAME.log.1 before it, of bounded size.
 const Records = "/run/dormouse"

@@ -8,12 +8,17 @@ import (
 	"net/http"
 	"strconv"
 	"time"
+
+	"github.com/dormouse-sandbox/dormouse/internal/tree"
 )
 
-// Operations of a FileSignature.
+// Operations of a FileSignature. A signature for a file is none for a tree that
+// takes the file's place.
 const (
 	FileRead  = "read"
 	FileWrite = "write"
+	TreeRead  = "read-tree"
+	TreeWrite = "write-tree"
 )
 
 // FileSignature is what a signature of /files covers. It stands for the token
@@ -53,6 +58,12 @@ func Keepalive(header http.Header) time.Duration {
 		return keepaliveDefault
 	}
 	return time.Duration(seconds) * time.Second
+}
+
+// Tree answers POST /files/tree: what was unpacked, and where.
+type Tree struct {
+	Path string `json:"path"`
+	tree.Report
 }
 
 // WriteError answers an HTTP request with an Error.
