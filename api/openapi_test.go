@@ -58,6 +58,7 @@ var bodies = []any{
 	api.PathRequest{},
 	api.MoveRequest{},
 	api.Written{},
+	api.Tree{},
 	api.OpenPort{},
 	api.Port{},
 	api.Timeout{},

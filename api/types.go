@@ -227,6 +227,19 @@ type Written struct {
 	Size int64  `json:"size"`
 }
 
+// Tree answers PUT …/files/tree: what was unpacked below a directory.
+type Tree struct {
+	Path         string `json:"path"`
+	Files        int64  `json:"files"` // and links
+	Directories  int64  `json:"directories"`
+	Bytes        int64  `json:"bytes"`                   // of the files' content
+	Skipped      int64  `json:"skipped"`                 // devices, pipes and sockets
+	FirstSkipped string `json:"first_skipped,omitempty"` // the name of the first one
+}
+
+// TreeType is the media type of a directory as a tar stream.
+const TreeType = "application/x-tar"
+
 // OpenPort is the body of POST …/ports.
 type OpenPort struct {
 	Port           int      `json:"port"`

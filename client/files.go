@@ -31,19 +31,20 @@ func (c *Client) ReadFile(ctx context.Context, id, path, user string) (io.ReadCl
 	if err != nil {
 		return nil, 0, err
 	}
-	return &fileBody{ctx: ctx, body: resp.Body}, resp.ContentLength, nil
+	return &fileBody{ctx: ctx, body: resp.Body, what: "read file"}, resp.ContentLength, nil
 }
 
 // fileBody gives errors in the middle of a transfer their kind.
 type fileBody struct {
 	ctx  context.Context // of the one call that this body answers
 	body io.ReadCloser
+	what string
 }
 
 func (b *fileBody) Read(p []byte) (int, error) {
 	n, err := b.body.Read(p)
 	if err != nil && !errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		err = networkError(b.ctx, "read file", err)
+		err = networkError(b.ctx, b.what, err)
 	}
 	return n, err
 }

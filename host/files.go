@@ -135,6 +135,16 @@ func (a *Agent) Remove(ctx context.Context, f FileRef) error {
 // ReadFile hands a file's size to begin, then its bytes to piece, in order. It
 // waits for piece: nothing is buffered beyond one of them.
 func (a *Agent) ReadFile(ctx context.Context, f FileRef, begin func(size int64) error, piece func([]byte) error) error {
+	return a.download(ctx, f, pathFiles, begin, piece)
+}
+
+// ReadTree does the same with a directory, as the tar stream that package tree
+// describes. The stream says itself whether it is whole.
+func (a *Agent) ReadTree(ctx context.Context, f FileRef, begin func() error, piece func([]byte) error) error {
+	return a.download(ctx, f, guestapi.PathTree, func(int64) error { return begin() }, piece)
+}
+
+func (a *Agent) download(ctx context.Context, f FileRef, endpoint string, begin func(size int64) error, piece func([]byte) error) error {
 	g, ctx, cancel, err := a.fileAgent(ctx, f)
 	if err != nil {
 		return err
@@ -142,7 +152,7 @@ func (a *Agent) ReadFile(ctx context.Context, f FileRef, begin func(size int64) 
 	defer cancel()
 	ctx, watch := watchSilence(ctx)
 	defer watch.Stop()
-	res, err := g.do(ctx, http.MethodGet, filesURL(f.Path, f.User), nil, nil)
+	res, err := g.do(ctx, http.MethodGet, filesURL(endpoint, f.Path, f.User), nil, nil)
 	if err != nil {
 		return err
 	}
@@ -173,32 +183,53 @@ func (a *Agent) ReadFile(ctx context.Context, f FileRef, begin func(size int64) 
 // the old file stays. A Read of the source may still be under way when it
 // returns: an agent may answer early.
 func (a *Agent) WriteFile(ctx context.Context, f FileRef, source io.Reader) (path string, size int64, err error) {
-	g, ctx, cancel, err := a.fileAgent(ctx, f)
+	var written []guestapi.WrittenFile
+	size, err = a.upload(ctx, f, pathFiles, "application/octet-stream", source, &written)
 	if err != nil {
 		return "", 0, err
+	}
+	if len(written) != 1 {
+		return "", 0, sandbox.Errorf(sandbox.KindInternal, "the guest agent tells of %d files after a write of one", len(written))
+	}
+	return written[0].Path, size, nil
+}
+
+// WriteTree unpacks the tar stream that it reads into a directory, which is made if
+// it is missing. After an error what was unpacked before stays. For the source the
+// same holds as with WriteFile.
+func (a *Agent) WriteTree(ctx context.Context, f FileRef, source io.Reader) (guestapi.Tree, error) {
+	var made guestapi.Tree
+	_, err := a.upload(ctx, f, guestapi.PathTree, guestapi.TreeType, source, &made)
+	return made, err
+}
+
+// upload sends a source, and decodes the answer. It returns how much it has sent.
+func (a *Agent) upload(ctx context.Context, f FileRef, endpoint, contentType string, source io.Reader, answer any) (int64, error) {
+	g, ctx, cancel, err := a.fileAgent(ctx, f)
+	if err != nil {
+		return 0, err
 	}
 	defer cancel()
 	ctx, watch := watchSilence(ctx)
 	defer watch.Stop()
-	upload := &upload{source: source, watch: watch}
-	defer upload.stop()
-	res, err := g.send(ctx, http.MethodPost, filesURL(f.Path, f.User), upload, http.Header{"Content-Type": {"application/octet-stream"}})
+	up := &upload{source: source, watch: watch}
+	defer up.stop()
+	res, err := g.send(ctx, http.MethodPost, filesURL(endpoint, f.Path, f.User), up, http.Header{"Content-Type": {contentType}})
 	if err != nil {
-		if _, failed := upload.soFar(); failed != nil {
-			return "", 0, failed
+		if _, failed := up.soFar(); failed != nil {
+			return 0, failed
 		}
-		return "", 0, err
+		return 0, err
 	}
 	if err := refusal(res); err != nil {
-		return "", 0, err
+		return 0, err
 	}
 	defer func() { _ = res.Body.Close() }() // read below
-	var written []guestapi.WrittenFile
-	if err := json.NewDecoder(io.LimitReader(res.Body, 1<<20)).Decode(&written); err != nil || len(written) != 1 {
-		return "", 0, sandbox.Errorf(sandbox.KindInternal, "the guest agent's answer to a write is not understood: %v", err)
+	if err := json.NewDecoder(io.LimitReader(res.Body, 1<<20)).Decode(answer); err != nil {
+		return 0, sandbox.Errorf(sandbox.KindInternal, "the guest agent's answer to a write is not understood: %v", err)
 	}
-	size, _ = upload.soFar()
-	return written[0].Path, size, nil
+	sent, _ := up.soFar()
+	return sent, nil
 }
 
 func (a *Agent) fileAgent(ctx context.Context, f FileRef) (*guest, context.Context, context.CancelFunc, error) {

@@ -296,11 +296,14 @@ func (g *guest) sign(header http.Header, user string) {
 	}
 }
 
-// filesURL is the path of the agent's file endpoint.
-func filesURL(path, user string) string {
+// pathFiles is the agent's endpoint for single files.
+const pathFiles = "/files"
+
+// filesURL is the path of one of the agent's file endpoints.
+func filesURL(endpoint, path, user string) string {
 	q := url.Values{"path": {path}}
 	if user != "" {
 		q.Set("username", user)
 	}
-	return "/files?" + q.Encode()
+	return endpoint + "?" + q.Encode()
 }

@@ -74,32 +74,74 @@ func (s *Server) readFile(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	defer done()
-	stop := unblock(ctx, http.NewResponseController(w).SetWriteDeadline)
-	defer stop()
 	file, err := s.cfg.Host.ReadFile(ctx, connect.NewRequest(
 		&hostv1.ReadFileRequest{Id: string(t.id), Path: t.path, User: t.user}))
 	if err != nil {
 		return s.hostError(ctx, t.id, err)
 	}
-	defer func() { _ = file.Close() }() // its error was seen by Receive
-	if !file.Receive() {
-		err := file.Err()
+	return sendDownload(ctx, s, w, t.id, file, func(m *hostv1.ReadFileResponse) (int64, string, bool) {
+		head, ok := m.GetMessage().(*hostv1.ReadFileResponse_Size)
+		if !ok {
+			return 0, "", false
+		}
+		return head.Size, "application/octet-stream", true
+	})
+}
+
+// readTree streams a directory, in the same way.
+func (s *Server) readTree(w http.ResponseWriter, r *http.Request) error {
+	t, _, err := fileTarget(r)
+	if err != nil {
+		return err
+	}
+	ctx, done, err := s.enter(r.Context(), t.id)
+	if err != nil {
+		return err
+	}
+	defer done()
+	tree, err := s.cfg.Host.ReadTree(ctx, connect.NewRequest(
+		&hostv1.ReadTreeRequest{Id: string(t.id), Path: t.path, User: t.user}))
+	if err != nil {
+		return s.hostError(ctx, t.id, err)
+	}
+	return sendDownload(ctx, s, w, t.id, tree, func(m *hostv1.ReadTreeResponse) (int64, string, bool) {
+		return -1, api.TreeType, m.GetStarted() != nil
+	})
+}
+
+// dataMessage is one message of a transfer.
+type dataMessage[T any] interface {
+	*T
+	GetData() []byte
+}
+
+// sendDownload answers with what a host sends. Head reads its first message: a size,
+// below 0 where it is not known, and the type of what comes.
+func sendDownload[T any, M dataMessage[T]](
+	ctx context.Context, s *Server, w http.ResponseWriter, id sandbox.ID,
+	from *connect.ServerStreamForClient[T], head func(M) (size int64, mediaType string, ok bool),
+) error {
+	stop := unblock(ctx, http.NewResponseController(w).SetWriteDeadline)
+	defer stop()
+	defer func() { _ = from.Close() }() // its error was seen by Receive
+	if !from.Receive() {
+		err := from.Err()
 		if err == nil {
 			err = io.ErrUnexpectedEOF
 		}
-		return s.hostError(ctx, t.id, err)
+		return s.hostError(ctx, id, err)
 	}
-	head, isHead := file.Msg().GetMessage().(*hostv1.ReadFileResponse_Size)
-	if !isHead {
-		return fmt.Errorf("read file: the host sent %T first, not the size", file.Msg().GetMessage())
+	size, mediaType, ok := head(M(from.Msg()))
+	if !ok {
+		return fmt.Errorf("the host began with data (%T), not with what it is", from.Msg())
 	}
-	w.Header().Set("Content-Type", "application/octet-stream")
+	w.Header().Set("Content-Type", mediaType)
 	w.Header().Set("Content-Disposition", "attachment")
-	if head.Size >= 0 {
-		w.Header().Set("Content-Length", strconv.FormatInt(head.Size, 10))
+	if size >= 0 {
+		w.Header().Set("Content-Length", strconv.FormatInt(size, 10))
 	}
 	w.WriteHeader(http.StatusOK)
-	if err := sendFile(w, file, head.Size); err != nil {
+	if err := sendData[T, M](w, from, size); err != nil {
 		return err
 	}
 	if !stop() {
@@ -117,16 +159,18 @@ func unblock(ctx context.Context, setDeadline func(time.Time) error) (stop func(
 	})
 }
 
-func sendFile(w io.Writer, file *connect.ServerStreamForClient[hostv1.ReadFileResponse], size int64) error {
+func sendData[T any, M dataMessage[T]](w http.ResponseWriter, from *connect.ServerStreamForClient[T], size int64) error {
 	var sent int64
-	for file.Receive() {
-		data := file.Msg().GetData()
+	for from.Receive() {
+		data := M(from.Msg()).GetData()
 		sent += int64(len(data))
 		if _, err := w.Write(data); err != nil {
 			return errAborted
 		}
 	}
-	if file.Err() != nil || (size >= 0 && sent != size) {
+	if from.Err() != nil || (size >= 0 && sent != size) {
+		// What was written may have the reason at its end, as a tree has.
+		_ = http.NewResponseController(w).Flush() // it is broken off anyway
 		return errAborted
 	}
 	return nil
@@ -135,43 +179,77 @@ func sendFile(w io.Writer, file *connect.ServerStreamForClient[hostv1.ReadFileRe
 // writeFile streams a file in. When the client breaks off, the host's call is
 // cancelled before its end, so that the host does not take a part for the whole.
 func (s *Server) writeFile(w http.ResponseWriter, r *http.Request) error {
-	t, _, err := fileTarget(r)
+	resp, err := sendUpload(s, w, r, "application/octet-stream", s.cfg.Host.WriteFile, func(t target) *hostv1.WriteFileRequest {
+		return &hostv1.WriteFileRequest{Message: &hostv1.WriteFileRequest_Start_{
+			Start: &hostv1.WriteFileRequest_Start{Id: string(t.id), Path: t.path, User: t.user},
+		}}
+	}, func(data []byte) *hostv1.WriteFileRequest {
+		return &hostv1.WriteFileRequest{Message: &hostv1.WriteFileRequest_Data{Data: data}}
+	})
 	if err != nil {
 		return err
 	}
-	if err := checkMediaType(r, "application/octet-stream"); err != nil {
+	return ok(w, api.Written{Path: resp.GetPath(), Size: resp.GetSize()})
+}
+
+// writeTree streams a directory in, in the same way.
+func (s *Server) writeTree(w http.ResponseWriter, r *http.Request) error {
+	m, err := sendUpload(s, w, r, api.TreeType, s.cfg.Host.WriteTree, func(t target) *hostv1.WriteTreeRequest {
+		return &hostv1.WriteTreeRequest{Message: &hostv1.WriteTreeRequest_Start_{
+			Start: &hostv1.WriteTreeRequest_Start{Id: string(t.id), Path: t.path, User: t.user},
+		}}
+	}, func(data []byte) *hostv1.WriteTreeRequest {
+		return &hostv1.WriteTreeRequest{Message: &hostv1.WriteTreeRequest_Data{Data: data}}
+	})
+	if err != nil {
 		return err
+	}
+	return ok(w, api.Tree{
+		Path: m.GetPath(), Files: m.GetFiles(), Directories: m.GetDirectories(), Bytes: m.GetBytes(),
+		Skipped: m.GetSkipped(), FirstSkipped: m.GetFirstSkipped(),
+	})
+}
+
+// sendUpload sends a request's body to a host, and returns what the host answers.
+func sendUpload[Req, Res any](
+	s *Server, w http.ResponseWriter, r *http.Request, mediaType string,
+	open func(context.Context) *connect.ClientStreamForClient[Req, Res], start func(target) *Req, data func([]byte) *Req,
+) (*Res, error) {
+	t, _, err := fileTarget(r)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkMediaType(r, mediaType); err != nil {
+		return nil, err
 	}
 	ctx, done, err := s.enter(r.Context(), t.id)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer done()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer unblock(ctx, http.NewResponseController(w).SetReadDeadline)()
-	up := s.cfg.Host.WriteFile(ctx)
-	err = up.Send(&hostv1.WriteFileRequest{Message: &hostv1.WriteFileRequest_Start_{
-		Start: &hostv1.WriteFileRequest_Start{Id: string(t.id), Path: t.path, User: t.user},
-	}})
+	up := open(ctx)
+	err = up.Send(start(t))
 	if err == nil {
-		err = sendBody(up, r.Body)
+		err = sendBody(r.Body, func(b []byte) error { return up.Send(data(b)) })
 	}
 	var broken *bodyError
 	switch {
 	case err != nil && ctx.Err() != nil: // from here, so the body was cut off from here too
-		return s.hostError(ctx, t.id, err) // the deferred cancel resets the host's stream, as below
+		return nil, s.hostError(ctx, t.id, err) // the deferred cancel resets the host's stream, as below
 	case errors.As(err, &broken):
 		// The deferred cancel resets the host's stream. Closing it in order, as
 		// CloseAndReceive does, could make the part look like the whole.
-		return sandbox.Errorf(sandbox.KindInvalid, "read body: %w", broken.err)
+		return nil, sandbox.Errorf(sandbox.KindInvalid, "read body: %w", broken.err)
 	}
 	// After a failed Send the host's reason is in the answer.
 	resp, err := up.CloseAndReceive()
 	if err != nil {
-		return s.hostError(ctx, t.id, err)
+		return nil, s.hostError(ctx, t.id, err)
 	}
-	return ok(w, api.Written{Path: resp.Msg.GetPath(), Size: resp.Msg.GetSize()})
+	return resp.Msg, nil
 }
 
 // bodyError is the client's fault, not the host's.
@@ -179,13 +257,12 @@ type bodyError struct{ err error }
 
 func (e *bodyError) Error() string { return e.err.Error() }
 
-func sendBody(up *connect.ClientStreamForClient[hostv1.WriteFileRequest, hostv1.WriteFileResponse], body io.Reader) error {
+func sendBody(body io.Reader, send func([]byte) error) error {
 	buf := make([]byte, uploadChunk)
 	for {
 		n, readErr := fill(body, buf)
 		if n > 0 {
-			msg := &hostv1.WriteFileRequest{Message: &hostv1.WriteFileRequest_Data{Data: buf[:n]}}
-			if err := up.Send(msg); err != nil {
+			if err := send(buf[:n]); err != nil {
 				return err
 			}
 		}

@@ -1,17 +1,21 @@
 package server_test
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"io"
+	"net/http"
 	"strings"
 	"testing"
 
+	"github.com/dormouse-sandbox/dormouse/api"
 	"github.com/dormouse-sandbox/dormouse/control/hostfake"
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
+	"github.com/dormouse-sandbox/dormouse/internal/tree"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
@@ -133,6 +137,113 @@ func TestUploadThatBreaksOffLeavesNoFile(t *testing.T) {
 	testkit.Eventually(t, limit, "asked", func() bool { return r.host.Count("WriteFile") == 1 })
 	_, err = r.c.Stat(r.ctx(), id, "/part", "")
 	r.wantKind(err, sandbox.KindNotFound)
+}
+
+// tarStream is a whole tree: one file of size bytes.
+func tarStream(t *testing.T, size int64) io.Reader {
+	t.Helper()
+	r, w := io.Pipe()
+	go func() {
+		tw := tar.NewWriter(w)
+		err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "f", Mode: 0o644, Size: size})
+		if err == nil {
+			_, err = io.Copy(tw, hostfake.Pattern(size))
+		}
+		_ = w.CloseWithError(errors.Join(err, tw.Close())) // the reader is told
+	}()
+	return r
+}
+
+func TestTrees(t *testing.T) {
+	r := newRig(t)
+	id := r.create()
+	made, err := r.c.WriteTree(r.ctx(), id, "/d/a b?", "user", tarStream(t, 1000))
+	if want := (api.Tree{Path: "/d/a b?", Files: 1, Bytes: 1000}); err != nil || made != want {
+		t.Fatalf("write: %+v, %v", made, err)
+	}
+	body, err := r.c.ReadTree(r.ctx(), id, "/d/a b?", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if report, err := tree.Relay(io.Discard, body, nil); err != nil || report.Files != 1 || report.Bytes != 1000 {
+		t.Errorf("read: %+v, %v", report, err)
+	}
+	if err := body.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := r.c.WriteFile(r.ctx(), id, "/f", "", strings.NewReader("x")); err != nil {
+		t.Fatal(err)
+	}
+	_, err = r.c.ReadTree(r.ctx(), id, "/f", "")
+	r.wantKind(err, sandbox.KindInvalid)
+	_, err = r.c.ReadTree(r.ctx(), id, "/nowhere", "")
+	r.wantKind(err, sandbox.KindNotFound)
+	_, err = r.c.ReadTree(r.ctx(), id, "", "")
+	r.wantKind(err, sandbox.KindInvalid)
+	_, err = r.c.WriteTree(r.ctx(), id, "/g", "", strings.NewReader(strings.Repeat("no tar", 200)))
+	r.wantKind(err, sandbox.KindInvalid)
+	_, err = r.c.WriteTree(r.ctx(), string(sandbox.NewID()), "/g", "", tarStream(t, 1<<30))
+	r.wantKind(err, sandbox.KindNotFound)
+	req, err := http.NewRequestWithContext(r.ctx(), http.MethodPut, r.http.URL+"/v1/sandboxes/"+id+"/files/tree?path=/g", tarStream(t, 10))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+r.key)
+	req.Header.Set("Content-Type", "application/zip")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil || resp.StatusCode != http.StatusUnsupportedMediaType {
+		t.Errorf("another type: %v, %v", resp, err)
+	}
+	_ = resp.Body.Close() // the status is what counts
+}
+
+func TestLargeTreesLeaveMemoryFlat(t *testing.T) {
+	r := newRig(t)
+	id := r.create()
+	grew := watchHeap(t)
+	if made, err := r.c.WriteTree(r.ctx(), id, "/up", "", tarStream(t, big)); err != nil || made.Bytes != big {
+		t.Fatalf("upload: %+v, %v", made, err)
+	}
+	body, err := r.c.ReadTree(r.ctx(), id, "/pattern/268435456", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := io.Copy(io.Discard, body); n != big || err != nil || body.Close() != nil {
+		t.Errorf("download: %d bytes, %v", n, err)
+	}
+	if g := grew(); g > flat {
+		t.Errorf("the heap grew by %d MiB", g>>20)
+	}
+}
+
+// TestATreeThatBreaksOffIsAnError: on both ways, also where what has come is a
+// whole number of entries.
+func TestATreeThatBreaksOffIsAnError(t *testing.T) {
+	r := newRig(t)
+	id := r.create()
+	_, err := r.c.WriteTree(r.ctx(), id, "/part", "", &broken{io.LimitReader(tarStream(t, 512), 1024)})
+	if err == nil {
+		t.Error("a broken upload succeeded")
+	}
+	_, err = r.c.WriteTree(r.ctx(), id, "/part", "", io.LimitReader(tarStream(t, 512), 1024))
+	r.wantKind(err, sandbox.KindInvalid)
+	_, err = r.c.Stat(r.ctx(), id, "/part", "")
+	r.wantKind(err, sandbox.KindNotFound)
+
+	r.host.SetHook(func(_ context.Context, method, _ string) error {
+		if method == "ReadTree.data" {
+			return errors.New("the guest has died")
+		}
+		return nil
+	})
+	body, err := r.c.ReadTree(r.ctx(), id, "/pattern/1024", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := io.Copy(io.Discard, body); !sandbox.Is(err, sandbox.KindTransient) {
+		t.Errorf("%d bytes of 1024, %v", n, err)
+	}
+	_ = body.Close() // broken anyway
 }
 
 func TestUploadToNowhereIsRefusedEarly(t *testing.T) {

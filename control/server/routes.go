@@ -35,6 +35,8 @@ func (s *Server) table() []route {
 		{"GET /v1/sandboxes/{id}/pty", true, s.pty},
 		{"GET /v1/sandboxes/{id}/files/read", false, s.readFile},
 		{"PUT /v1/sandboxes/{id}/files/write", false, s.writeFile},
+		{"GET /v1/sandboxes/{id}/files/tree", false, s.readTree},
+		{"PUT /v1/sandboxes/{id}/files/tree", false, s.writeTree},
 		{"GET /v1/sandboxes/{id}/files/list", false, s.listDir},
 		{"GET /v1/sandboxes/{id}/files/stat", false, s.statFile},
 		{"GET /v1/sandboxes/{id}/files/watch", false, s.watchFiles},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"strings"
 
 	"connectrpc.com/connect"
 
@@ -92,17 +93,54 @@ func (s *server) WriteFile(ctx context.Context, stream *connect.ClientStream[hos
 		return nil, hostapi.ToConnect(sandbox.Errorf(sandbox.KindInvalid, "the first message of a write must be start"))
 	}
 	ref := host.FileRef{ID: start.GetId(), Path: start.GetPath(), User: start.GetUser()}
-	path, size, err := s.agent.WriteFile(ctx, ref, &pieces{stream: stream})
+	path, size, err := s.agent.WriteFile(ctx, ref, &pieces[hostv1.WriteFileRequest, *hostv1.WriteFileRequest]{stream: stream})
 	return answer(&hostv1.WriteFileResponse{Path: path, Size: size}, err)
 }
 
+func (s *server) ReadTree(ctx context.Context, req *connect.Request[hostv1.ReadTreeRequest], stream *connect.ServerStream[hostv1.ReadTreeResponse]) error {
+	m := req.Msg
+	err := s.agent.ReadTree(ctx, host.FileRef{ID: m.GetId(), Path: m.GetPath(), User: m.GetUser()},
+		func() error {
+			return stream.Send(&hostv1.ReadTreeResponse{Message: &hostv1.ReadTreeResponse_Started_{Started: &hostv1.ReadTreeResponse_Started{}}})
+		},
+		func(data []byte) error {
+			return stream.Send(&hostv1.ReadTreeResponse{Message: &hostv1.ReadTreeResponse_Data{Data: data}})
+		})
+	return hostapi.ToConnect(err)
+}
+
+func (s *server) WriteTree(ctx context.Context, stream *connect.ClientStream[hostv1.WriteTreeRequest]) (*connect.Response[hostv1.WriteTreeResponse], error) {
+	if !stream.Receive() {
+		if err := stream.Err(); err != nil {
+			return nil, err
+		}
+		return nil, hostapi.ToConnect(sandbox.Errorf(sandbox.KindInvalid, "a write needs a first message"))
+	}
+	start := stream.Msg().GetStart()
+	if start == nil {
+		return nil, hostapi.ToConnect(sandbox.Errorf(sandbox.KindInvalid, "the first message of a write must be start"))
+	}
+	ref := host.FileRef{ID: start.GetId(), Path: start.GetPath(), User: start.GetUser()}
+	made, err := s.agent.WriteTree(ctx, ref, &pieces[hostv1.WriteTreeRequest, *hostv1.WriteTreeRequest]{stream: stream})
+	return answer(&hostv1.WriteTreeResponse{
+		Path: made.Path, Files: made.Files, Directories: made.Directories, Bytes: made.Bytes,
+		Skipped: made.Skipped, FirstSkipped: strings.ToValidUTF8(made.FirstSkipped, "\uFFFD"),
+	}, err)
+}
+
+// dataMessage is one message of an upload.
+type dataMessage[T any] interface {
+	*T
+	GetData() []byte
+}
+
 // pieces reads the data messages of a write one after the other.
-type pieces struct {
-	stream *connect.ClientStream[hostv1.WriteFileRequest]
+type pieces[T any, M dataMessage[T]] struct {
+	stream *connect.ClientStream[T]
 	rest   []byte
 }
 
-func (p *pieces) Read(b []byte) (int, error) {
+func (p *pieces[T, M]) Read(b []byte) (int, error) {
 	for len(p.rest) == 0 {
 		if !p.stream.Receive() {
 			if err := p.stream.Err(); err != nil && !errors.Is(err, io.EOF) {
@@ -110,7 +148,7 @@ func (p *pieces) Read(b []byte) (int, error) {
 			}
 			return 0, io.EOF
 		}
-		p.rest = p.stream.Msg().GetData()
+		p.rest = M(p.stream.Msg()).GetData()
 	}
 	n := copy(b, p.rest)
 	p.rest = p.rest[n:]

@@ -4116,6 +4116,314 @@ func (x *WriteFileResponse) GetSize() int64 {
 	return 0
 }
 
+type ReadTreeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	User          string                 `protobuf:"bytes,3,opt,name=user,proto3" json:"user,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadTreeRequest) Reset() {
+	*x = ReadTreeRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadTreeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadTreeRequest) ProtoMessage() {}
+
+func (x *ReadTreeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadTreeRequest.ProtoReflect.Descriptor instead.
+func (*ReadTreeRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{64}
+}
+
+func (x *ReadTreeRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ReadTreeRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *ReadTreeRequest) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+type ReadTreeResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Message:
+	//
+	//	*ReadTreeResponse_Started_
+	//	*ReadTreeResponse_Data
+	Message       isReadTreeResponse_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadTreeResponse) Reset() {
+	*x = ReadTreeResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[65]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadTreeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadTreeResponse) ProtoMessage() {}
+
+func (x *ReadTreeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[65]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadTreeResponse.ProtoReflect.Descriptor instead.
+func (*ReadTreeResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{65}
+}
+
+func (x *ReadTreeResponse) GetMessage() isReadTreeResponse_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *ReadTreeResponse) GetStarted() *ReadTreeResponse_Started {
+	if x != nil {
+		if x, ok := x.Message.(*ReadTreeResponse_Started_); ok {
+			return x.Started
+		}
+	}
+	return nil
+}
+
+func (x *ReadTreeResponse) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Message.(*ReadTreeResponse_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+type isReadTreeResponse_Message interface {
+	isReadTreeResponse_Message()
+}
+
+type ReadTreeResponse_Started_ struct {
+	Started *ReadTreeResponse_Started `protobuf:"bytes,1,opt,name=started,proto3,oneof"`
+}
+
+type ReadTreeResponse_Data struct {
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+func (*ReadTreeResponse_Started_) isReadTreeResponse_Message() {}
+
+func (*ReadTreeResponse_Data) isReadTreeResponse_Message() {}
+
+type WriteTreeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Message:
+	//
+	//	*WriteTreeRequest_Start_
+	//	*WriteTreeRequest_Data
+	Message       isWriteTreeRequest_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WriteTreeRequest) Reset() {
+	*x = WriteTreeRequest{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[66]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WriteTreeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WriteTreeRequest) ProtoMessage() {}
+
+func (x *WriteTreeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[66]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WriteTreeRequest.ProtoReflect.Descriptor instead.
+func (*WriteTreeRequest) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{66}
+}
+
+func (x *WriteTreeRequest) GetMessage() isWriteTreeRequest_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *WriteTreeRequest) GetStart() *WriteTreeRequest_Start {
+	if x != nil {
+		if x, ok := x.Message.(*WriteTreeRequest_Start_); ok {
+			return x.Start
+		}
+	}
+	return nil
+}
+
+func (x *WriteTreeRequest) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Message.(*WriteTreeRequest_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+type isWriteTreeRequest_Message interface {
+	isWriteTreeRequest_Message()
+}
+
+type WriteTreeRequest_Start_ struct {
+	Start *WriteTreeRequest_Start `protobuf:"bytes,1,opt,name=start,proto3,oneof"`
+}
+
+type WriteTreeRequest_Data struct {
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+func (*WriteTreeRequest_Start_) isWriteTreeRequest_Message() {}
+
+func (*WriteTreeRequest_Data) isWriteTreeRequest_Message() {}
+
+type WriteTreeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Files         int64                  `protobuf:"varint,2,opt,name=files,proto3" json:"files,omitempty"` // and links
+	Directories   int64                  `protobuf:"varint,3,opt,name=directories,proto3" json:"directories,omitempty"`
+	Bytes         int64                  `protobuf:"varint,4,opt,name=bytes,proto3" json:"bytes,omitempty"`     // of the files' content
+	Skipped       int64                  `protobuf:"varint,5,opt,name=skipped,proto3" json:"skipped,omitempty"` // devices, pipes and sockets
+	FirstSkipped  string                 `protobuf:"bytes,6,opt,name=first_skipped,json=firstSkipped,proto3" json:"first_skipped,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WriteTreeResponse) Reset() {
+	*x = WriteTreeResponse{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[67]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WriteTreeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WriteTreeResponse) ProtoMessage() {}
+
+func (x *WriteTreeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[67]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WriteTreeResponse.ProtoReflect.Descriptor instead.
+func (*WriteTreeResponse) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{67}
+}
+
+func (x *WriteTreeResponse) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *WriteTreeResponse) GetFiles() int64 {
+	if x != nil {
+		return x.Files
+	}
+	return 0
+}
+
+func (x *WriteTreeResponse) GetDirectories() int64 {
+	if x != nil {
+		return x.Directories
+	}
+	return 0
+}
+
+func (x *WriteTreeResponse) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *WriteTreeResponse) GetSkipped() int64 {
+	if x != nil {
+		return x.Skipped
+	}
+	return 0
+}
+
+func (x *WriteTreeResponse) GetFirstSkipped() string {
+	if x != nil {
+		return x.FirstSkipped
+	}
+	return ""
+}
+
 type WatchDirRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -4128,7 +4436,7 @@ type WatchDirRequest struct {
 
 func (x *WatchDirRequest) Reset() {
 	*x = WatchDirRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[64]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4140,7 +4448,7 @@ func (x *WatchDirRequest) String() string {
 func (*WatchDirRequest) ProtoMessage() {}
 
 func (x *WatchDirRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[64]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4153,7 +4461,7 @@ func (x *WatchDirRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchDirRequest.ProtoReflect.Descriptor instead.
 func (*WatchDirRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{64}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *WatchDirRequest) GetId() string {
@@ -4198,7 +4506,7 @@ type WatchDirResponse struct {
 
 func (x *WatchDirResponse) Reset() {
 	*x = WatchDirResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[65]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4210,7 +4518,7 @@ func (x *WatchDirResponse) String() string {
 func (*WatchDirResponse) ProtoMessage() {}
 
 func (x *WatchDirResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[65]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4223,7 +4531,7 @@ func (x *WatchDirResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchDirResponse.ProtoReflect.Descriptor instead.
 func (*WatchDirResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{65}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *WatchDirResponse) GetMessage() isWatchDirResponse_Message {
@@ -4292,7 +4600,7 @@ type FileEvent struct {
 
 func (x *FileEvent) Reset() {
 	*x = FileEvent{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[66]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4304,7 +4612,7 @@ func (x *FileEvent) String() string {
 func (*FileEvent) ProtoMessage() {}
 
 func (x *FileEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[66]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4317,7 +4625,7 @@ func (x *FileEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileEvent.ProtoReflect.Descriptor instead.
 func (*FileEvent) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{66}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *FileEvent) GetType() string {
@@ -4347,7 +4655,7 @@ type OpenPortRequest struct {
 
 func (x *OpenPortRequest) Reset() {
 	*x = OpenPortRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[67]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4359,7 +4667,7 @@ func (x *OpenPortRequest) String() string {
 func (*OpenPortRequest) ProtoMessage() {}
 
 func (x *OpenPortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[67]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4372,7 +4680,7 @@ func (x *OpenPortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenPortRequest.ProtoReflect.Descriptor instead.
 func (*OpenPortRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{67}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *OpenPortRequest) GetMessage() isOpenPortRequest_Message {
@@ -4430,7 +4738,7 @@ type OpenPortResponse struct {
 
 func (x *OpenPortResponse) Reset() {
 	*x = OpenPortResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[68]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4442,7 +4750,7 @@ func (x *OpenPortResponse) String() string {
 func (*OpenPortResponse) ProtoMessage() {}
 
 func (x *OpenPortResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[68]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4455,7 +4763,7 @@ func (x *OpenPortResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenPortResponse.ProtoReflect.Descriptor instead.
 func (*OpenPortResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{68}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *OpenPortResponse) GetMessage() isOpenPortResponse_Message {
@@ -4527,7 +4835,7 @@ type ReadConsoleRequest struct {
 
 func (x *ReadConsoleRequest) Reset() {
 	*x = ReadConsoleRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[69]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4539,7 +4847,7 @@ func (x *ReadConsoleRequest) String() string {
 func (*ReadConsoleRequest) ProtoMessage() {}
 
 func (x *ReadConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[69]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4552,7 +4860,7 @@ func (x *ReadConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadConsoleRequest.ProtoReflect.Descriptor instead.
 func (*ReadConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{69}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ReadConsoleRequest) GetId() string {
@@ -4588,7 +4896,7 @@ type ReadConsoleResponse struct {
 
 func (x *ReadConsoleResponse) Reset() {
 	*x = ReadConsoleResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[70]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4600,7 +4908,7 @@ func (x *ReadConsoleResponse) String() string {
 func (*ReadConsoleResponse) ProtoMessage() {}
 
 func (x *ReadConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[70]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4613,7 +4921,7 @@ func (x *ReadConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadConsoleResponse.ProtoReflect.Descriptor instead.
 func (*ReadConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{70}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ReadConsoleResponse) GetData() []byte {
@@ -4639,7 +4947,7 @@ type GetMetricsRequest struct {
 
 func (x *GetMetricsRequest) Reset() {
 	*x = GetMetricsRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[71]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4651,7 +4959,7 @@ func (x *GetMetricsRequest) String() string {
 func (*GetMetricsRequest) ProtoMessage() {}
 
 func (x *GetMetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[71]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4664,7 +4972,7 @@ func (x *GetMetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMetricsRequest.ProtoReflect.Descriptor instead.
 func (*GetMetricsRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{71}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *GetMetricsRequest) GetId() string {
@@ -4693,7 +5001,7 @@ type GetMetricsResponse struct {
 
 func (x *GetMetricsResponse) Reset() {
 	*x = GetMetricsResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[72]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4705,7 +5013,7 @@ func (x *GetMetricsResponse) String() string {
 func (*GetMetricsResponse) ProtoMessage() {}
 
 func (x *GetMetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[72]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4718,7 +5026,7 @@ func (x *GetMetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMetricsResponse.ProtoReflect.Descriptor instead.
 func (*GetMetricsResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{72}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *GetMetricsResponse) GetAt() *timestamppb.Timestamp {
@@ -4804,7 +5112,7 @@ type BuildTemplateRequest struct {
 
 func (x *BuildTemplateRequest) Reset() {
 	*x = BuildTemplateRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[73]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4816,7 +5124,7 @@ func (x *BuildTemplateRequest) String() string {
 func (*BuildTemplateRequest) ProtoMessage() {}
 
 func (x *BuildTemplateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[73]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4829,7 +5137,7 @@ func (x *BuildTemplateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildTemplateRequest.ProtoReflect.Descriptor instead.
 func (*BuildTemplateRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{73}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *BuildTemplateRequest) GetMessage() isBuildTemplateRequest_Message {
@@ -4884,7 +5192,7 @@ type RegistryLogin struct {
 
 func (x *RegistryLogin) Reset() {
 	*x = RegistryLogin{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[74]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4896,7 +5204,7 @@ func (x *RegistryLogin) String() string {
 func (*RegistryLogin) ProtoMessage() {}
 
 func (x *RegistryLogin) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[74]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4909,7 +5217,7 @@ func (x *RegistryLogin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryLogin.ProtoReflect.Descriptor instead.
 func (*RegistryLogin) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{74}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *RegistryLogin) GetUsername() string {
@@ -4946,7 +5254,7 @@ type BuildTemplateResponse struct {
 
 func (x *BuildTemplateResponse) Reset() {
 	*x = BuildTemplateResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[75]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4958,7 +5266,7 @@ func (x *BuildTemplateResponse) String() string {
 func (*BuildTemplateResponse) ProtoMessage() {}
 
 func (x *BuildTemplateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[75]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4971,7 +5279,7 @@ func (x *BuildTemplateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildTemplateResponse.ProtoReflect.Descriptor instead.
 func (*BuildTemplateResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{75}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *BuildTemplateResponse) GetMessage() isBuildTemplateResponse_Message {
@@ -5024,7 +5332,7 @@ type DeleteTemplateRequest struct {
 
 func (x *DeleteTemplateRequest) Reset() {
 	*x = DeleteTemplateRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[76]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5036,7 +5344,7 @@ func (x *DeleteTemplateRequest) String() string {
 func (*DeleteTemplateRequest) ProtoMessage() {}
 
 func (x *DeleteTemplateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[76]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5049,7 +5357,7 @@ func (x *DeleteTemplateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteTemplateRequest.ProtoReflect.Descriptor instead.
 func (*DeleteTemplateRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{76}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *DeleteTemplateRequest) GetName() string {
@@ -5067,7 +5375,7 @@ type DeleteTemplateResponse struct {
 
 func (x *DeleteTemplateResponse) Reset() {
 	*x = DeleteTemplateResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[77]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5079,7 +5387,7 @@ func (x *DeleteTemplateResponse) String() string {
 func (*DeleteTemplateResponse) ProtoMessage() {}
 
 func (x *DeleteTemplateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[77]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5092,7 +5400,7 @@ func (x *DeleteTemplateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteTemplateResponse.ProtoReflect.Descriptor instead.
 func (*DeleteTemplateResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{77}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{81}
 }
 
 type GetTemplateRequest struct {
@@ -5104,7 +5412,7 @@ type GetTemplateRequest struct {
 
 func (x *GetTemplateRequest) Reset() {
 	*x = GetTemplateRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[78]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5116,7 +5424,7 @@ func (x *GetTemplateRequest) String() string {
 func (*GetTemplateRequest) ProtoMessage() {}
 
 func (x *GetTemplateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[78]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5129,7 +5437,7 @@ func (x *GetTemplateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTemplateRequest.ProtoReflect.Descriptor instead.
 func (*GetTemplateRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{78}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *GetTemplateRequest) GetName() string {
@@ -5148,7 +5456,7 @@ type GetTemplateResponse struct {
 
 func (x *GetTemplateResponse) Reset() {
 	*x = GetTemplateResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[79]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5160,7 +5468,7 @@ func (x *GetTemplateResponse) String() string {
 func (*GetTemplateResponse) ProtoMessage() {}
 
 func (x *GetTemplateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[79]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5173,7 +5481,7 @@ func (x *GetTemplateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTemplateResponse.ProtoReflect.Descriptor instead.
 func (*GetTemplateResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{79}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *GetTemplateResponse) GetTemplate() *Template {
@@ -5192,7 +5500,7 @@ type ReadTemplateLogRequest struct {
 
 func (x *ReadTemplateLogRequest) Reset() {
 	*x = ReadTemplateLogRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[80]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5204,7 +5512,7 @@ func (x *ReadTemplateLogRequest) String() string {
 func (*ReadTemplateLogRequest) ProtoMessage() {}
 
 func (x *ReadTemplateLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[80]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5217,7 +5525,7 @@ func (x *ReadTemplateLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadTemplateLogRequest.ProtoReflect.Descriptor instead.
 func (*ReadTemplateLogRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{80}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ReadTemplateLogRequest) GetName() string {
@@ -5236,7 +5544,7 @@ type ReadTemplateLogResponse struct {
 
 func (x *ReadTemplateLogResponse) Reset() {
 	*x = ReadTemplateLogResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[81]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5248,7 +5556,7 @@ func (x *ReadTemplateLogResponse) String() string {
 func (*ReadTemplateLogResponse) ProtoMessage() {}
 
 func (x *ReadTemplateLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[81]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5261,7 +5569,7 @@ func (x *ReadTemplateLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadTemplateLogResponse.ProtoReflect.Descriptor instead.
 func (*ReadTemplateLogResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{81}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ReadTemplateLogResponse) GetLog() []byte {
@@ -5279,7 +5587,7 @@ type ListTemplatesRequest struct {
 
 func (x *ListTemplatesRequest) Reset() {
 	*x = ListTemplatesRequest{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[82]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5291,7 +5599,7 @@ func (x *ListTemplatesRequest) String() string {
 func (*ListTemplatesRequest) ProtoMessage() {}
 
 func (x *ListTemplatesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[82]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5304,7 +5612,7 @@ func (x *ListTemplatesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTemplatesRequest.ProtoReflect.Descriptor instead.
 func (*ListTemplatesRequest) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{82}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{86}
 }
 
 type ListTemplatesResponse struct {
@@ -5316,7 +5624,7 @@ type ListTemplatesResponse struct {
 
 func (x *ListTemplatesResponse) Reset() {
 	*x = ListTemplatesResponse{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[83]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5328,7 +5636,7 @@ func (x *ListTemplatesResponse) String() string {
 func (*ListTemplatesResponse) ProtoMessage() {}
 
 func (x *ListTemplatesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[83]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5341,7 +5649,7 @@ func (x *ListTemplatesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTemplatesResponse.ProtoReflect.Descriptor instead.
 func (*ListTemplatesResponse) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{83}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ListTemplatesResponse) GetTemplates() []*Template {
@@ -5370,7 +5678,7 @@ type Template struct {
 
 func (x *Template) Reset() {
 	*x = Template{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[84]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5382,7 +5690,7 @@ func (x *Template) String() string {
 func (*Template) ProtoMessage() {}
 
 func (x *Template) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[84]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5395,7 +5703,7 @@ func (x *Template) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Template.ProtoReflect.Descriptor instead.
 func (*Template) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{84}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *Template) GetName() string {
@@ -5490,7 +5798,7 @@ type Healthcheck struct {
 
 func (x *Healthcheck) Reset() {
 	*x = Healthcheck{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[85]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5502,7 +5810,7 @@ func (x *Healthcheck) String() string {
 func (*Healthcheck) ProtoMessage() {}
 
 func (x *Healthcheck) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[85]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5515,7 +5823,7 @@ func (x *Healthcheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Healthcheck.ProtoReflect.Descriptor instead.
 func (*Healthcheck) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{85}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *Healthcheck) GetTest() []string {
@@ -5566,7 +5874,7 @@ type ForkSandboxRequest_Copy struct {
 
 func (x *ForkSandboxRequest_Copy) Reset() {
 	*x = ForkSandboxRequest_Copy{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[88]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5578,7 +5886,7 @@ func (x *ForkSandboxRequest_Copy) String() string {
 func (*ForkSandboxRequest_Copy) ProtoMessage() {}
 
 func (x *ForkSandboxRequest_Copy) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[88]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5639,7 +5947,7 @@ type ForkSandboxResponse_Copy struct {
 
 func (x *ForkSandboxResponse_Copy) Reset() {
 	*x = ForkSandboxResponse_Copy{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[90]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5651,7 +5959,7 @@ func (x *ForkSandboxResponse_Copy) String() string {
 func (*ForkSandboxResponse_Copy) ProtoMessage() {}
 
 func (x *ForkSandboxResponse_Copy) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[90]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5692,7 +6000,7 @@ type VerifySnapshotResponse_Damage struct {
 
 func (x *VerifySnapshotResponse_Damage) Reset() {
 	*x = VerifySnapshotResponse_Damage{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[93]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5704,7 +6012,7 @@ func (x *VerifySnapshotResponse_Damage) String() string {
 func (*VerifySnapshotResponse_Damage) ProtoMessage() {}
 
 func (x *VerifySnapshotResponse_Damage) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[93]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5760,7 +6068,7 @@ type GetSnapshotTreeResponse_Node struct {
 
 func (x *GetSnapshotTreeResponse_Node) Reset() {
 	*x = GetSnapshotTreeResponse_Node{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[94]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5772,7 +6080,7 @@ func (x *GetSnapshotTreeResponse_Node) String() string {
 func (*GetSnapshotTreeResponse_Node) ProtoMessage() {}
 
 func (x *GetSnapshotTreeResponse_Node) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[94]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5866,7 +6174,7 @@ type ExecStreamRequest_Start struct {
 
 func (x *ExecStreamRequest_Start) Reset() {
 	*x = ExecStreamRequest_Start{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[96]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5878,7 +6186,7 @@ func (x *ExecStreamRequest_Start) String() string {
 func (*ExecStreamRequest_Start) ProtoMessage() {}
 
 func (x *ExecStreamRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[96]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5940,7 +6248,7 @@ type ExecStreamRequest_Attach struct {
 
 func (x *ExecStreamRequest_Attach) Reset() {
 	*x = ExecStreamRequest_Attach{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[97]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5952,7 +6260,7 @@ func (x *ExecStreamRequest_Attach) String() string {
 func (*ExecStreamRequest_Attach) ProtoMessage() {}
 
 func (x *ExecStreamRequest_Attach) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[97]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5997,7 +6305,7 @@ type ExecStreamRequest_CloseStdin struct {
 
 func (x *ExecStreamRequest_CloseStdin) Reset() {
 	*x = ExecStreamRequest_CloseStdin{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[98]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6009,7 +6317,7 @@ func (x *ExecStreamRequest_CloseStdin) String() string {
 func (*ExecStreamRequest_CloseStdin) ProtoMessage() {}
 
 func (x *ExecStreamRequest_CloseStdin) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[98]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6034,7 +6342,7 @@ type ExecStreamRequest_Kill struct {
 
 func (x *ExecStreamRequest_Kill) Reset() {
 	*x = ExecStreamRequest_Kill{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[99]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6046,7 +6354,7 @@ func (x *ExecStreamRequest_Kill) String() string {
 func (*ExecStreamRequest_Kill) ProtoMessage() {}
 
 func (x *ExecStreamRequest_Kill) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[99]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6078,7 +6386,7 @@ type ExecStreamResponse_Started struct {
 
 func (x *ExecStreamResponse_Started) Reset() {
 	*x = ExecStreamResponse_Started{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[100]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6090,7 +6398,7 @@ func (x *ExecStreamResponse_Started) String() string {
 func (*ExecStreamResponse_Started) ProtoMessage() {}
 
 func (x *ExecStreamResponse_Started) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[100]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6121,7 +6429,7 @@ type ExecStreamResponse_KeepAlive struct {
 
 func (x *ExecStreamResponse_KeepAlive) Reset() {
 	*x = ExecStreamResponse_KeepAlive{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[101]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6133,7 +6441,7 @@ func (x *ExecStreamResponse_KeepAlive) String() string {
 func (*ExecStreamResponse_KeepAlive) ProtoMessage() {}
 
 func (x *ExecStreamResponse_KeepAlive) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[101]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6160,7 +6468,7 @@ type WriteFileRequest_Start struct {
 
 func (x *WriteFileRequest_Start) Reset() {
 	*x = WriteFileRequest_Start{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[102]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6172,7 +6480,7 @@ func (x *WriteFileRequest_Start) String() string {
 func (*WriteFileRequest_Start) ProtoMessage() {}
 
 func (x *WriteFileRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[102]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6209,6 +6517,102 @@ func (x *WriteFileRequest_Start) GetUser() string {
 	return ""
 }
 
+type ReadTreeResponse_Started struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadTreeResponse_Started) Reset() {
+	*x = ReadTreeResponse_Started{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[107]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadTreeResponse_Started) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadTreeResponse_Started) ProtoMessage() {}
+
+func (x *ReadTreeResponse_Started) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[107]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadTreeResponse_Started.ProtoReflect.Descriptor instead.
+func (*ReadTreeResponse_Started) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{65, 0}
+}
+
+type WriteTreeRequest_Start struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	User          string                 `protobuf:"bytes,3,opt,name=user,proto3" json:"user,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WriteTreeRequest_Start) Reset() {
+	*x = WriteTreeRequest_Start{}
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[108]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WriteTreeRequest_Start) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WriteTreeRequest_Start) ProtoMessage() {}
+
+func (x *WriteTreeRequest_Start) ProtoReflect() protoreflect.Message {
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[108]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WriteTreeRequest_Start.ProtoReflect.Descriptor instead.
+func (*WriteTreeRequest_Start) Descriptor() ([]byte, []int) {
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{66, 0}
+}
+
+func (x *WriteTreeRequest_Start) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *WriteTreeRequest_Start) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *WriteTreeRequest_Start) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
 type WatchDirResponse_Started struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -6217,7 +6621,7 @@ type WatchDirResponse_Started struct {
 
 func (x *WatchDirResponse_Started) Reset() {
 	*x = WatchDirResponse_Started{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[103]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6229,7 +6633,7 @@ func (x *WatchDirResponse_Started) String() string {
 func (*WatchDirResponse_Started) ProtoMessage() {}
 
 func (x *WatchDirResponse_Started) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[103]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6242,7 +6646,7 @@ func (x *WatchDirResponse_Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchDirResponse_Started.ProtoReflect.Descriptor instead.
 func (*WatchDirResponse_Started) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{65, 0}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{69, 0}
 }
 
 type WatchDirResponse_Lost struct {
@@ -6253,7 +6657,7 @@ type WatchDirResponse_Lost struct {
 
 func (x *WatchDirResponse_Lost) Reset() {
 	*x = WatchDirResponse_Lost{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[104]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6265,7 +6669,7 @@ func (x *WatchDirResponse_Lost) String() string {
 func (*WatchDirResponse_Lost) ProtoMessage() {}
 
 func (x *WatchDirResponse_Lost) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[104]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6278,7 +6682,7 @@ func (x *WatchDirResponse_Lost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchDirResponse_Lost.ProtoReflect.Descriptor instead.
 func (*WatchDirResponse_Lost) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{65, 1}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{69, 1}
 }
 
 type OpenPortRequest_Start struct {
@@ -6291,7 +6695,7 @@ type OpenPortRequest_Start struct {
 
 func (x *OpenPortRequest_Start) Reset() {
 	*x = OpenPortRequest_Start{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[105]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6303,7 +6707,7 @@ func (x *OpenPortRequest_Start) String() string {
 func (*OpenPortRequest_Start) ProtoMessage() {}
 
 func (x *OpenPortRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[105]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6316,7 +6720,7 @@ func (x *OpenPortRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenPortRequest_Start.ProtoReflect.Descriptor instead.
 func (*OpenPortRequest_Start) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{67, 0}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{71, 0}
 }
 
 func (x *OpenPortRequest_Start) GetId() string {
@@ -6341,7 +6745,7 @@ type OpenPortResponse_Opened struct {
 
 func (x *OpenPortResponse_Opened) Reset() {
 	*x = OpenPortResponse_Opened{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[106]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6353,7 +6757,7 @@ func (x *OpenPortResponse_Opened) String() string {
 func (*OpenPortResponse_Opened) ProtoMessage() {}
 
 func (x *OpenPortResponse_Opened) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[106]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6366,7 +6770,7 @@ func (x *OpenPortResponse_Opened) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenPortResponse_Opened.ProtoReflect.Descriptor instead.
 func (*OpenPortResponse_Opened) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{68, 0}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{72, 0}
 }
 
 type OpenPortResponse_End struct {
@@ -6377,7 +6781,7 @@ type OpenPortResponse_End struct {
 
 func (x *OpenPortResponse_End) Reset() {
 	*x = OpenPortResponse_End{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[107]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6389,7 +6793,7 @@ func (x *OpenPortResponse_End) String() string {
 func (*OpenPortResponse_End) ProtoMessage() {}
 
 func (x *OpenPortResponse_End) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[107]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6402,7 +6806,7 @@ func (x *OpenPortResponse_End) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenPortResponse_End.ProtoReflect.Descriptor instead.
 func (*OpenPortResponse_End) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{68, 1}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{72, 1}
 }
 
 type BuildTemplateRequest_Start struct {
@@ -6427,7 +6831,7 @@ type BuildTemplateRequest_Start struct {
 
 func (x *BuildTemplateRequest_Start) Reset() {
 	*x = BuildTemplateRequest_Start{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[108]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6439,7 +6843,7 @@ func (x *BuildTemplateRequest_Start) String() string {
 func (*BuildTemplateRequest_Start) ProtoMessage() {}
 
 func (x *BuildTemplateRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[108]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6452,7 +6856,7 @@ func (x *BuildTemplateRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildTemplateRequest_Start.ProtoReflect.Descriptor instead.
 func (*BuildTemplateRequest_Start) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{73, 0}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{77, 0}
 }
 
 func (x *BuildTemplateRequest_Start) GetName() string {
@@ -6536,7 +6940,7 @@ type BuildTemplateResponse_Event struct {
 
 func (x *BuildTemplateResponse_Event) Reset() {
 	*x = BuildTemplateResponse_Event{}
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[111]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6548,7 +6952,7 @@ func (x *BuildTemplateResponse_Event) String() string {
 func (*BuildTemplateResponse_Event) ProtoMessage() {}
 
 func (x *BuildTemplateResponse_Event) ProtoReflect() protoreflect.Message {
-	mi := &file_dormouse_host_v1_host_proto_msgTypes[111]
+	mi := &file_dormouse_host_v1_host_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6561,7 +6965,7 @@ func (x *BuildTemplateResponse_Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildTemplateResponse_Event.ProtoReflect.Descriptor instead.
 func (*BuildTemplateResponse_Event) Descriptor() ([]byte, []int) {
-	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{75, 0}
+	return file_dormouse_host_v1_host_proto_rawDescGZIP(), []int{79, 0}
 }
 
 func (x *BuildTemplateResponse_Event) GetStep() string {
@@ -6931,7 +7335,31 @@ const file_dormouse_host_v1_host_proto_rawDesc = "" +
 	"\amessage\";\n" +
 	"\x11WriteFileResponse\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x03R\x04size\"g\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\"I\n" +
+	"\x0fReadTreeRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n" +
+	"\x04user\x18\x03 \x01(\tR\x04user\"\x86\x01\n" +
+	"\x10ReadTreeResponse\x12F\n" +
+	"\astarted\x18\x01 \x01(\v2*.dormouse.host.v1.ReadTreeResponse.StartedH\x00R\astarted\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04data\x1a\t\n" +
+	"\aStartedB\t\n" +
+	"\amessage\"\xb6\x01\n" +
+	"\x10WriteTreeRequest\x12@\n" +
+	"\x05start\x18\x01 \x01(\v2(.dormouse.host.v1.WriteTreeRequest.StartH\x00R\x05start\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04data\x1a?\n" +
+	"\x05Start\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n" +
+	"\x04user\x18\x03 \x01(\tR\x04userB\t\n" +
+	"\amessage\"\xb4\x01\n" +
+	"\x11WriteTreeResponse\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
+	"\x05files\x18\x02 \x01(\x03R\x05files\x12 \n" +
+	"\vdirectories\x18\x03 \x01(\x03R\vdirectories\x12\x14\n" +
+	"\x05bytes\x18\x04 \x01(\x03R\x05bytes\x12\x18\n" +
+	"\askipped\x18\x05 \x01(\x03R\askipped\x12#\n" +
+	"\rfirst_skipped\x18\x06 \x01(\tR\ffirstSkipped\"g\n" +
 	"\x0fWatchDirRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n" +
@@ -7067,7 +7495,7 @@ const file_dormouse_host_v1_host_proto_rawDesc = "" +
 	"\vSTATE_ENDED\x10\x04\x12\x11\n" +
 	"\rSTATE_PAUSING\x10\x05\x12\x10\n" +
 	"\fSTATE_PAUSED\x10\x06\x12\x12\n" +
-	"\x0eSTATE_RESUMING\x10\a2\xc2\x19\n" +
+	"\x0eSTATE_RESUMING\x10\a2\xef\x1a\n" +
 	"\vHostService\x12N\n" +
 	"\aGetHost\x12 .dormouse.host.v1.GetHostRequest\x1a!.dormouse.host.v1.GetHostResponse\x12`\n" +
 	"\rCreateSandbox\x12&.dormouse.host.v1.CreateSandboxRequest\x1a'.dormouse.host.v1.CreateSandboxResponse\x12c\n" +
@@ -7097,6 +7525,8 @@ const file_dormouse_host_v1_host_proto_rawDesc = "" +
 	"RemoveFile\x12#.dormouse.host.v1.RemoveFileRequest\x1a$.dormouse.host.v1.RemoveFileResponse\x12S\n" +
 	"\bReadFile\x12!.dormouse.host.v1.ReadFileRequest\x1a\".dormouse.host.v1.ReadFileResponse0\x01\x12V\n" +
 	"\tWriteFile\x12\".dormouse.host.v1.WriteFileRequest\x1a#.dormouse.host.v1.WriteFileResponse(\x01\x12S\n" +
+	"\bReadTree\x12!.dormouse.host.v1.ReadTreeRequest\x1a\".dormouse.host.v1.ReadTreeResponse0\x01\x12V\n" +
+	"\tWriteTree\x12\".dormouse.host.v1.WriteTreeRequest\x1a#.dormouse.host.v1.WriteTreeResponse(\x01\x12S\n" +
 	"\bWatchDir\x12!.dormouse.host.v1.WatchDirRequest\x1a\".dormouse.host.v1.WatchDirResponse0\x01\x12U\n" +
 	"\bOpenPort\x12!.dormouse.host.v1.OpenPortRequest\x1a\".dormouse.host.v1.OpenPortResponse(\x010\x01\x12Z\n" +
 	"\vReadConsole\x12$.dormouse.host.v1.ReadConsoleRequest\x1a%.dormouse.host.v1.ReadConsoleResponse\x12W\n" +
@@ -7121,7 +7551,7 @@ func file_dormouse_host_v1_host_proto_rawDescGZIP() []byte {
 }
 
 var file_dormouse_host_v1_host_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_dormouse_host_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 112)
+var file_dormouse_host_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 118)
 var file_dormouse_host_v1_host_proto_goTypes = []any{
 	(State)(0),                            // 0: dormouse.host.v1.State
 	(*GetHostRequest)(nil),                // 1: dormouse.host.v1.GetHostRequest
@@ -7188,210 +7618,222 @@ var file_dormouse_host_v1_host_proto_goTypes = []any{
 	(*ReadFileResponse)(nil),              // 62: dormouse.host.v1.ReadFileResponse
 	(*WriteFileRequest)(nil),              // 63: dormouse.host.v1.WriteFileRequest
 	(*WriteFileResponse)(nil),             // 64: dormouse.host.v1.WriteFileResponse
-	(*WatchDirRequest)(nil),               // 65: dormouse.host.v1.WatchDirRequest
-	(*WatchDirResponse)(nil),              // 66: dormouse.host.v1.WatchDirResponse
-	(*FileEvent)(nil),                     // 67: dormouse.host.v1.FileEvent
-	(*OpenPortRequest)(nil),               // 68: dormouse.host.v1.OpenPortRequest
-	(*OpenPortResponse)(nil),              // 69: dormouse.host.v1.OpenPortResponse
-	(*ReadConsoleRequest)(nil),            // 70: dormouse.host.v1.ReadConsoleRequest
-	(*ReadConsoleResponse)(nil),           // 71: dormouse.host.v1.ReadConsoleResponse
-	(*GetMetricsRequest)(nil),             // 72: dormouse.host.v1.GetMetricsRequest
-	(*GetMetricsResponse)(nil),            // 73: dormouse.host.v1.GetMetricsResponse
-	(*BuildTemplateRequest)(nil),          // 74: dormouse.host.v1.BuildTemplateRequest
-	(*RegistryLogin)(nil),                 // 75: dormouse.host.v1.RegistryLogin
-	(*BuildTemplateResponse)(nil),         // 76: dormouse.host.v1.BuildTemplateResponse
-	(*DeleteTemplateRequest)(nil),         // 77: dormouse.host.v1.DeleteTemplateRequest
-	(*DeleteTemplateResponse)(nil),        // 78: dormouse.host.v1.DeleteTemplateResponse
-	(*GetTemplateRequest)(nil),            // 79: dormouse.host.v1.GetTemplateRequest
-	(*GetTemplateResponse)(nil),           // 80: dormouse.host.v1.GetTemplateResponse
-	(*ReadTemplateLogRequest)(nil),        // 81: dormouse.host.v1.ReadTemplateLogRequest
-	(*ReadTemplateLogResponse)(nil),       // 82: dormouse.host.v1.ReadTemplateLogResponse
-	(*ListTemplatesRequest)(nil),          // 83: dormouse.host.v1.ListTemplatesRequest
-	(*ListTemplatesResponse)(nil),         // 84: dormouse.host.v1.ListTemplatesResponse
-	(*Template)(nil),                      // 85: dormouse.host.v1.Template
-	(*Healthcheck)(nil),                   // 86: dormouse.host.v1.Healthcheck
-	nil,                                   // 87: dormouse.host.v1.SandboxSpec.EnvEntry
-	nil,                                   // 88: dormouse.host.v1.ResumeSandboxRequest.EnvEntry
-	(*ForkSandboxRequest_Copy)(nil),       // 89: dormouse.host.v1.ForkSandboxRequest.Copy
-	nil,                                   // 90: dormouse.host.v1.ForkSandboxRequest.Copy.EnvEntry
-	(*ForkSandboxResponse_Copy)(nil),      // 91: dormouse.host.v1.ForkSandboxResponse.Copy
-	nil,                                   // 92: dormouse.host.v1.Snapshot.LabelsEntry
-	nil,                                   // 93: dormouse.host.v1.CreateSnapshotRequest.LabelsEntry
-	(*VerifySnapshotResponse_Damage)(nil), // 94: dormouse.host.v1.VerifySnapshotResponse.Damage
-	(*GetSnapshotTreeResponse_Node)(nil),  // 95: dormouse.host.v1.GetSnapshotTreeResponse.Node
-	nil,                                   // 96: dormouse.host.v1.Command.EnvEntry
-	(*ExecStreamRequest_Start)(nil),       // 97: dormouse.host.v1.ExecStreamRequest.Start
-	(*ExecStreamRequest_Attach)(nil),      // 98: dormouse.host.v1.ExecStreamRequest.Attach
-	(*ExecStreamRequest_CloseStdin)(nil),  // 99: dormouse.host.v1.ExecStreamRequest.CloseStdin
-	(*ExecStreamRequest_Kill)(nil),        // 100: dormouse.host.v1.ExecStreamRequest.Kill
-	(*ExecStreamResponse_Started)(nil),    // 101: dormouse.host.v1.ExecStreamResponse.Started
-	(*ExecStreamResponse_KeepAlive)(nil),  // 102: dormouse.host.v1.ExecStreamResponse.KeepAlive
-	(*WriteFileRequest_Start)(nil),        // 103: dormouse.host.v1.WriteFileRequest.Start
-	(*WatchDirResponse_Started)(nil),      // 104: dormouse.host.v1.WatchDirResponse.Started
-	(*WatchDirResponse_Lost)(nil),         // 105: dormouse.host.v1.WatchDirResponse.Lost
-	(*OpenPortRequest_Start)(nil),         // 106: dormouse.host.v1.OpenPortRequest.Start
-	(*OpenPortResponse_Opened)(nil),       // 107: dormouse.host.v1.OpenPortResponse.Opened
-	(*OpenPortResponse_End)(nil),          // 108: dormouse.host.v1.OpenPortResponse.End
-	(*BuildTemplateRequest_Start)(nil),    // 109: dormouse.host.v1.BuildTemplateRequest.Start
-	nil,                                   // 110: dormouse.host.v1.BuildTemplateRequest.Start.ArgsEntry
-	nil,                                   // 111: dormouse.host.v1.BuildTemplateRequest.Start.RegistriesEntry
-	(*BuildTemplateResponse_Event)(nil),   // 112: dormouse.host.v1.BuildTemplateResponse.Event
-	(*timestamppb.Timestamp)(nil),         // 113: google.protobuf.Timestamp
+	(*ReadTreeRequest)(nil),               // 65: dormouse.host.v1.ReadTreeRequest
+	(*ReadTreeResponse)(nil),              // 66: dormouse.host.v1.ReadTreeResponse
+	(*WriteTreeRequest)(nil),              // 67: dormouse.host.v1.WriteTreeRequest
+	(*WriteTreeResponse)(nil),             // 68: dormouse.host.v1.WriteTreeResponse
+	(*WatchDirRequest)(nil),               // 69: dormouse.host.v1.WatchDirRequest
+	(*WatchDirResponse)(nil),              // 70: dormouse.host.v1.WatchDirResponse
+	(*FileEvent)(nil),                     // 71: dormouse.host.v1.FileEvent
+	(*OpenPortRequest)(nil),               // 72: dormouse.host.v1.OpenPortRequest
+	(*OpenPortResponse)(nil),              // 73: dormouse.host.v1.OpenPortResponse
+	(*ReadConsoleRequest)(nil),            // 74: dormouse.host.v1.ReadConsoleRequest
+	(*ReadConsoleResponse)(nil),           // 75: dormouse.host.v1.ReadConsoleResponse
+	(*GetMetricsRequest)(nil),             // 76: dormouse.host.v1.GetMetricsRequest
+	(*GetMetricsResponse)(nil),            // 77: dormouse.host.v1.GetMetricsResponse
+	(*BuildTemplateRequest)(nil),          // 78: dormouse.host.v1.BuildTemplateRequest
+	(*RegistryLogin)(nil),                 // 79: dormouse.host.v1.RegistryLogin
+	(*BuildTemplateResponse)(nil),         // 80: dormouse.host.v1.BuildTemplateResponse
+	(*DeleteTemplateRequest)(nil),         // 81: dormouse.host.v1.DeleteTemplateRequest
+	(*DeleteTemplateResponse)(nil),        // 82: dormouse.host.v1.DeleteTemplateResponse
+	(*GetTemplateRequest)(nil),            // 83: dormouse.host.v1.GetTemplateRequest
+	(*GetTemplateResponse)(nil),           // 84: dormouse.host.v1.GetTemplateResponse
+	(*ReadTemplateLogRequest)(nil),        // 85: dormouse.host.v1.ReadTemplateLogRequest
+	(*ReadTemplateLogResponse)(nil),       // 86: dormouse.host.v1.ReadTemplateLogResponse
+	(*ListTemplatesRequest)(nil),          // 87: dormouse.host.v1.ListTemplatesRequest
+	(*ListTemplatesResponse)(nil),         // 88: dormouse.host.v1.ListTemplatesResponse
+	(*Template)(nil),                      // 89: dormouse.host.v1.Template
+	(*Healthcheck)(nil),                   // 90: dormouse.host.v1.Healthcheck
+	nil,                                   // 91: dormouse.host.v1.SandboxSpec.EnvEntry
+	nil,                                   // 92: dormouse.host.v1.ResumeSandboxRequest.EnvEntry
+	(*ForkSandboxRequest_Copy)(nil),       // 93: dormouse.host.v1.ForkSandboxRequest.Copy
+	nil,                                   // 94: dormouse.host.v1.ForkSandboxRequest.Copy.EnvEntry
+	(*ForkSandboxResponse_Copy)(nil),      // 95: dormouse.host.v1.ForkSandboxResponse.Copy
+	nil,                                   // 96: dormouse.host.v1.Snapshot.LabelsEntry
+	nil,                                   // 97: dormouse.host.v1.CreateSnapshotRequest.LabelsEntry
+	(*VerifySnapshotResponse_Damage)(nil), // 98: dormouse.host.v1.VerifySnapshotResponse.Damage
+	(*GetSnapshotTreeResponse_Node)(nil),  // 99: dormouse.host.v1.GetSnapshotTreeResponse.Node
+	nil,                                   // 100: dormouse.host.v1.Command.EnvEntry
+	(*ExecStreamRequest_Start)(nil),       // 101: dormouse.host.v1.ExecStreamRequest.Start
+	(*ExecStreamRequest_Attach)(nil),      // 102: dormouse.host.v1.ExecStreamRequest.Attach
+	(*ExecStreamRequest_CloseStdin)(nil),  // 103: dormouse.host.v1.ExecStreamRequest.CloseStdin
+	(*ExecStreamRequest_Kill)(nil),        // 104: dormouse.host.v1.ExecStreamRequest.Kill
+	(*ExecStreamResponse_Started)(nil),    // 105: dormouse.host.v1.ExecStreamResponse.Started
+	(*ExecStreamResponse_KeepAlive)(nil),  // 106: dormouse.host.v1.ExecStreamResponse.KeepAlive
+	(*WriteFileRequest_Start)(nil),        // 107: dormouse.host.v1.WriteFileRequest.Start
+	(*ReadTreeResponse_Started)(nil),      // 108: dormouse.host.v1.ReadTreeResponse.Started
+	(*WriteTreeRequest_Start)(nil),        // 109: dormouse.host.v1.WriteTreeRequest.Start
+	(*WatchDirResponse_Started)(nil),      // 110: dormouse.host.v1.WatchDirResponse.Started
+	(*WatchDirResponse_Lost)(nil),         // 111: dormouse.host.v1.WatchDirResponse.Lost
+	(*OpenPortRequest_Start)(nil),         // 112: dormouse.host.v1.OpenPortRequest.Start
+	(*OpenPortResponse_Opened)(nil),       // 113: dormouse.host.v1.OpenPortResponse.Opened
+	(*OpenPortResponse_End)(nil),          // 114: dormouse.host.v1.OpenPortResponse.End
+	(*BuildTemplateRequest_Start)(nil),    // 115: dormouse.host.v1.BuildTemplateRequest.Start
+	nil,                                   // 116: dormouse.host.v1.BuildTemplateRequest.Start.ArgsEntry
+	nil,                                   // 117: dormouse.host.v1.BuildTemplateRequest.Start.RegistriesEntry
+	(*BuildTemplateResponse_Event)(nil),   // 118: dormouse.host.v1.BuildTemplateResponse.Event
+	(*timestamppb.Timestamp)(nil),         // 119: google.protobuf.Timestamp
 }
 var file_dormouse_host_v1_host_proto_depIdxs = []int32{
-	87,  // 0: dormouse.host.v1.SandboxSpec.env:type_name -> dormouse.host.v1.SandboxSpec.EnvEntry
+	91,  // 0: dormouse.host.v1.SandboxSpec.env:type_name -> dormouse.host.v1.SandboxSpec.EnvEntry
 	3,   // 1: dormouse.host.v1.SandboxSpec.network:type_name -> dormouse.host.v1.NetworkPolicy
-	113, // 2: dormouse.host.v1.SandboxSpec.deadline:type_name -> google.protobuf.Timestamp
+	119, // 2: dormouse.host.v1.SandboxSpec.deadline:type_name -> google.protobuf.Timestamp
 	4,   // 3: dormouse.host.v1.SandboxStatus.spec:type_name -> dormouse.host.v1.SandboxSpec
 	0,   // 4: dormouse.host.v1.SandboxStatus.state:type_name -> dormouse.host.v1.State
-	113, // 5: dormouse.host.v1.SandboxStatus.created_at:type_name -> google.protobuf.Timestamp
-	113, // 6: dormouse.host.v1.SandboxStatus.ended_at:type_name -> google.protobuf.Timestamp
+	119, // 5: dormouse.host.v1.SandboxStatus.created_at:type_name -> google.protobuf.Timestamp
+	119, // 6: dormouse.host.v1.SandboxStatus.ended_at:type_name -> google.protobuf.Timestamp
 	8,   // 7: dormouse.host.v1.SandboxStatus.phases:type_name -> dormouse.host.v1.Phase
 	6,   // 8: dormouse.host.v1.SandboxStatus.saved:type_name -> dormouse.host.v1.Saved
-	113, // 9: dormouse.host.v1.SandboxStatus.paused_at:type_name -> google.protobuf.Timestamp
-	113, // 10: dormouse.host.v1.SandboxStatus.idle_since:type_name -> google.protobuf.Timestamp
-	113, // 11: dormouse.host.v1.Saved.at:type_name -> google.protobuf.Timestamp
+	119, // 9: dormouse.host.v1.SandboxStatus.paused_at:type_name -> google.protobuf.Timestamp
+	119, // 10: dormouse.host.v1.SandboxStatus.idle_since:type_name -> google.protobuf.Timestamp
+	119, // 11: dormouse.host.v1.Saved.at:type_name -> google.protobuf.Timestamp
 	8,   // 12: dormouse.host.v1.SaveReport.phases:type_name -> dormouse.host.v1.Phase
 	4,   // 13: dormouse.host.v1.CreateSandboxRequest.spec:type_name -> dormouse.host.v1.SandboxSpec
 	5,   // 14: dormouse.host.v1.CreateSandboxResponse.status:type_name -> dormouse.host.v1.SandboxStatus
 	5,   // 15: dormouse.host.v1.DestroySandboxResponse.status:type_name -> dormouse.host.v1.SandboxStatus
 	5,   // 16: dormouse.host.v1.ListSandboxesResponse.sandboxes:type_name -> dormouse.host.v1.SandboxStatus
-	113, // 17: dormouse.host.v1.SetDeadlineRequest.deadline:type_name -> google.protobuf.Timestamp
+	119, // 17: dormouse.host.v1.SetDeadlineRequest.deadline:type_name -> google.protobuf.Timestamp
 	5,   // 18: dormouse.host.v1.PauseSandboxResponse.status:type_name -> dormouse.host.v1.SandboxStatus
 	7,   // 19: dormouse.host.v1.PauseSandboxResponse.report:type_name -> dormouse.host.v1.SaveReport
-	113, // 20: dormouse.host.v1.ResumeSandboxRequest.deadline:type_name -> google.protobuf.Timestamp
-	88,  // 21: dormouse.host.v1.ResumeSandboxRequest.env:type_name -> dormouse.host.v1.ResumeSandboxRequest.EnvEntry
+	119, // 20: dormouse.host.v1.ResumeSandboxRequest.deadline:type_name -> google.protobuf.Timestamp
+	92,  // 21: dormouse.host.v1.ResumeSandboxRequest.env:type_name -> dormouse.host.v1.ResumeSandboxRequest.EnvEntry
 	5,   // 22: dormouse.host.v1.ResumeSandboxResponse.status:type_name -> dormouse.host.v1.SandboxStatus
 	8,   // 23: dormouse.host.v1.ResumeSandboxResponse.phases:type_name -> dormouse.host.v1.Phase
-	89,  // 24: dormouse.host.v1.ForkSandboxRequest.copies:type_name -> dormouse.host.v1.ForkSandboxRequest.Copy
+	93,  // 24: dormouse.host.v1.ForkSandboxRequest.copies:type_name -> dormouse.host.v1.ForkSandboxRequest.Copy
 	7,   // 25: dormouse.host.v1.ForkSandboxResponse.report:type_name -> dormouse.host.v1.SaveReport
-	91,  // 26: dormouse.host.v1.ForkSandboxResponse.copies:type_name -> dormouse.host.v1.ForkSandboxResponse.Copy
+	95,  // 26: dormouse.host.v1.ForkSandboxResponse.copies:type_name -> dormouse.host.v1.ForkSandboxResponse.Copy
 	6,   // 27: dormouse.host.v1.Snapshot.saved:type_name -> dormouse.host.v1.Saved
-	92,  // 28: dormouse.host.v1.Snapshot.labels:type_name -> dormouse.host.v1.Snapshot.LabelsEntry
-	93,  // 29: dormouse.host.v1.CreateSnapshotRequest.labels:type_name -> dormouse.host.v1.CreateSnapshotRequest.LabelsEntry
+	96,  // 28: dormouse.host.v1.Snapshot.labels:type_name -> dormouse.host.v1.Snapshot.LabelsEntry
+	97,  // 29: dormouse.host.v1.CreateSnapshotRequest.labels:type_name -> dormouse.host.v1.CreateSnapshotRequest.LabelsEntry
 	28,  // 30: dormouse.host.v1.CreateSnapshotResponse.snapshot:type_name -> dormouse.host.v1.Snapshot
 	7,   // 31: dormouse.host.v1.CreateSnapshotResponse.report:type_name -> dormouse.host.v1.SaveReport
 	28,  // 32: dormouse.host.v1.ListSnapshotsResponse.snapshots:type_name -> dormouse.host.v1.Snapshot
-	94,  // 33: dormouse.host.v1.VerifySnapshotResponse.damage:type_name -> dormouse.host.v1.VerifySnapshotResponse.Damage
+	98,  // 33: dormouse.host.v1.VerifySnapshotResponse.damage:type_name -> dormouse.host.v1.VerifySnapshotResponse.Damage
 	8,   // 34: dormouse.host.v1.VerifySnapshotResponse.phases:type_name -> dormouse.host.v1.Phase
-	95,  // 35: dormouse.host.v1.GetSnapshotTreeResponse.nodes:type_name -> dormouse.host.v1.GetSnapshotTreeResponse.Node
-	96,  // 36: dormouse.host.v1.Command.env:type_name -> dormouse.host.v1.Command.EnvEntry
+	99,  // 35: dormouse.host.v1.GetSnapshotTreeResponse.nodes:type_name -> dormouse.host.v1.GetSnapshotTreeResponse.Node
+	100, // 36: dormouse.host.v1.Command.env:type_name -> dormouse.host.v1.Command.EnvEntry
 	41,  // 37: dormouse.host.v1.ExecRequest.command:type_name -> dormouse.host.v1.Command
 	44,  // 38: dormouse.host.v1.ExecResponse.end:type_name -> dormouse.host.v1.ExecEnd
-	97,  // 39: dormouse.host.v1.ExecStreamRequest.start:type_name -> dormouse.host.v1.ExecStreamRequest.Start
-	99,  // 40: dormouse.host.v1.ExecStreamRequest.close_stdin:type_name -> dormouse.host.v1.ExecStreamRequest.CloseStdin
-	100, // 41: dormouse.host.v1.ExecStreamRequest.kill:type_name -> dormouse.host.v1.ExecStreamRequest.Kill
-	98,  // 42: dormouse.host.v1.ExecStreamRequest.attach:type_name -> dormouse.host.v1.ExecStreamRequest.Attach
+	101, // 39: dormouse.host.v1.ExecStreamRequest.start:type_name -> dormouse.host.v1.ExecStreamRequest.Start
+	103, // 40: dormouse.host.v1.ExecStreamRequest.close_stdin:type_name -> dormouse.host.v1.ExecStreamRequest.CloseStdin
+	104, // 41: dormouse.host.v1.ExecStreamRequest.kill:type_name -> dormouse.host.v1.ExecStreamRequest.Kill
+	102, // 42: dormouse.host.v1.ExecStreamRequest.attach:type_name -> dormouse.host.v1.ExecStreamRequest.Attach
 	46,  // 43: dormouse.host.v1.ExecStreamRequest.resize:type_name -> dormouse.host.v1.Terminal
-	101, // 44: dormouse.host.v1.ExecStreamResponse.started:type_name -> dormouse.host.v1.ExecStreamResponse.Started
+	105, // 44: dormouse.host.v1.ExecStreamResponse.started:type_name -> dormouse.host.v1.ExecStreamResponse.Started
 	44,  // 45: dormouse.host.v1.ExecStreamResponse.end:type_name -> dormouse.host.v1.ExecEnd
-	102, // 46: dormouse.host.v1.ExecStreamResponse.keepalive:type_name -> dormouse.host.v1.ExecStreamResponse.KeepAlive
-	113, // 47: dormouse.host.v1.FileEntry.modified_at:type_name -> google.protobuf.Timestamp
+	106, // 46: dormouse.host.v1.ExecStreamResponse.keepalive:type_name -> dormouse.host.v1.ExecStreamResponse.KeepAlive
+	119, // 47: dormouse.host.v1.FileEntry.modified_at:type_name -> google.protobuf.Timestamp
 	50,  // 48: dormouse.host.v1.StatFileResponse.entry:type_name -> dormouse.host.v1.FileEntry
 	50,  // 49: dormouse.host.v1.ListDirResponse.entries:type_name -> dormouse.host.v1.FileEntry
 	50,  // 50: dormouse.host.v1.MakeDirResponse.entry:type_name -> dormouse.host.v1.FileEntry
 	50,  // 51: dormouse.host.v1.MoveFileResponse.entry:type_name -> dormouse.host.v1.FileEntry
-	103, // 52: dormouse.host.v1.WriteFileRequest.start:type_name -> dormouse.host.v1.WriteFileRequest.Start
-	104, // 53: dormouse.host.v1.WatchDirResponse.started:type_name -> dormouse.host.v1.WatchDirResponse.Started
-	67,  // 54: dormouse.host.v1.WatchDirResponse.event:type_name -> dormouse.host.v1.FileEvent
-	105, // 55: dormouse.host.v1.WatchDirResponse.lost:type_name -> dormouse.host.v1.WatchDirResponse.Lost
-	106, // 56: dormouse.host.v1.OpenPortRequest.start:type_name -> dormouse.host.v1.OpenPortRequest.Start
-	107, // 57: dormouse.host.v1.OpenPortResponse.opened:type_name -> dormouse.host.v1.OpenPortResponse.Opened
-	108, // 58: dormouse.host.v1.OpenPortResponse.end:type_name -> dormouse.host.v1.OpenPortResponse.End
-	113, // 59: dormouse.host.v1.GetMetricsResponse.at:type_name -> google.protobuf.Timestamp
-	109, // 60: dormouse.host.v1.BuildTemplateRequest.start:type_name -> dormouse.host.v1.BuildTemplateRequest.Start
-	112, // 61: dormouse.host.v1.BuildTemplateResponse.event:type_name -> dormouse.host.v1.BuildTemplateResponse.Event
-	85,  // 62: dormouse.host.v1.BuildTemplateResponse.template:type_name -> dormouse.host.v1.Template
-	85,  // 63: dormouse.host.v1.GetTemplateResponse.template:type_name -> dormouse.host.v1.Template
-	85,  // 64: dormouse.host.v1.ListTemplatesResponse.templates:type_name -> dormouse.host.v1.Template
-	113, // 65: dormouse.host.v1.Template.built_at:type_name -> google.protobuf.Timestamp
-	86,  // 66: dormouse.host.v1.Template.healthcheck:type_name -> dormouse.host.v1.Healthcheck
-	113, // 67: dormouse.host.v1.ForkSandboxRequest.Copy.deadline:type_name -> google.protobuf.Timestamp
-	90,  // 68: dormouse.host.v1.ForkSandboxRequest.Copy.env:type_name -> dormouse.host.v1.ForkSandboxRequest.Copy.EnvEntry
-	5,   // 69: dormouse.host.v1.ForkSandboxResponse.Copy.status:type_name -> dormouse.host.v1.SandboxStatus
-	27,  // 70: dormouse.host.v1.ForkSandboxResponse.Copy.failure:type_name -> dormouse.host.v1.Failure
-	113, // 71: dormouse.host.v1.GetSnapshotTreeResponse.Node.at:type_name -> google.protobuf.Timestamp
-	41,  // 72: dormouse.host.v1.ExecStreamRequest.Start.command:type_name -> dormouse.host.v1.Command
-	46,  // 73: dormouse.host.v1.ExecStreamRequest.Start.terminal:type_name -> dormouse.host.v1.Terminal
-	46,  // 74: dormouse.host.v1.ExecStreamRequest.Attach.terminal:type_name -> dormouse.host.v1.Terminal
-	110, // 75: dormouse.host.v1.BuildTemplateRequest.Start.args:type_name -> dormouse.host.v1.BuildTemplateRequest.Start.ArgsEntry
-	111, // 76: dormouse.host.v1.BuildTemplateRequest.Start.registries:type_name -> dormouse.host.v1.BuildTemplateRequest.Start.RegistriesEntry
-	75,  // 77: dormouse.host.v1.BuildTemplateRequest.Start.RegistriesEntry.value:type_name -> dormouse.host.v1.RegistryLogin
-	1,   // 78: dormouse.host.v1.HostService.GetHost:input_type -> dormouse.host.v1.GetHostRequest
-	9,   // 79: dormouse.host.v1.HostService.CreateSandbox:input_type -> dormouse.host.v1.CreateSandboxRequest
-	11,  // 80: dormouse.host.v1.HostService.DestroySandbox:input_type -> dormouse.host.v1.DestroySandboxRequest
-	13,  // 81: dormouse.host.v1.HostService.ListSandboxes:input_type -> dormouse.host.v1.ListSandboxesRequest
-	15,  // 82: dormouse.host.v1.HostService.AcknowledgeEnded:input_type -> dormouse.host.v1.AcknowledgeEndedRequest
-	17,  // 83: dormouse.host.v1.HostService.SetDeadline:input_type -> dormouse.host.v1.SetDeadlineRequest
-	39,  // 84: dormouse.host.v1.HostService.PingSandbox:input_type -> dormouse.host.v1.PingSandboxRequest
-	19,  // 85: dormouse.host.v1.HostService.TouchSandbox:input_type -> dormouse.host.v1.TouchSandboxRequest
-	21,  // 86: dormouse.host.v1.HostService.PauseSandbox:input_type -> dormouse.host.v1.PauseSandboxRequest
-	23,  // 87: dormouse.host.v1.HostService.ResumeSandbox:input_type -> dormouse.host.v1.ResumeSandboxRequest
-	25,  // 88: dormouse.host.v1.HostService.ForkSandbox:input_type -> dormouse.host.v1.ForkSandboxRequest
-	29,  // 89: dormouse.host.v1.HostService.CreateSnapshot:input_type -> dormouse.host.v1.CreateSnapshotRequest
-	31,  // 90: dormouse.host.v1.HostService.DeleteSnapshot:input_type -> dormouse.host.v1.DeleteSnapshotRequest
-	33,  // 91: dormouse.host.v1.HostService.ListSnapshots:input_type -> dormouse.host.v1.ListSnapshotsRequest
-	35,  // 92: dormouse.host.v1.HostService.VerifySnapshot:input_type -> dormouse.host.v1.VerifySnapshotRequest
-	37,  // 93: dormouse.host.v1.HostService.GetSnapshotTree:input_type -> dormouse.host.v1.GetSnapshotTreeRequest
-	42,  // 94: dormouse.host.v1.HostService.Exec:input_type -> dormouse.host.v1.ExecRequest
-	45,  // 95: dormouse.host.v1.HostService.ExecStream:input_type -> dormouse.host.v1.ExecStreamRequest
-	48,  // 96: dormouse.host.v1.HostService.SignalCommand:input_type -> dormouse.host.v1.SignalCommandRequest
-	51,  // 97: dormouse.host.v1.HostService.StatFile:input_type -> dormouse.host.v1.StatFileRequest
-	53,  // 98: dormouse.host.v1.HostService.ListDir:input_type -> dormouse.host.v1.ListDirRequest
-	55,  // 99: dormouse.host.v1.HostService.MakeDir:input_type -> dormouse.host.v1.MakeDirRequest
-	57,  // 100: dormouse.host.v1.HostService.MoveFile:input_type -> dormouse.host.v1.MoveFileRequest
-	59,  // 101: dormouse.host.v1.HostService.RemoveFile:input_type -> dormouse.host.v1.RemoveFileRequest
-	61,  // 102: dormouse.host.v1.HostService.ReadFile:input_type -> dormouse.host.v1.ReadFileRequest
-	63,  // 103: dormouse.host.v1.HostService.WriteFile:input_type -> dormouse.host.v1.WriteFileRequest
-	65,  // 104: dormouse.host.v1.HostService.WatchDir:input_type -> dormouse.host.v1.WatchDirRequest
-	68,  // 105: dormouse.host.v1.HostService.OpenPort:input_type -> dormouse.host.v1.OpenPortRequest
-	70,  // 106: dormouse.host.v1.HostService.ReadConsole:input_type -> dormouse.host.v1.ReadConsoleRequest
-	72,  // 107: dormouse.host.v1.HostService.GetMetrics:input_type -> dormouse.host.v1.GetMetricsRequest
-	83,  // 108: dormouse.host.v1.HostService.ListTemplates:input_type -> dormouse.host.v1.ListTemplatesRequest
-	79,  // 109: dormouse.host.v1.HostService.GetTemplate:input_type -> dormouse.host.v1.GetTemplateRequest
-	81,  // 110: dormouse.host.v1.HostService.ReadTemplateLog:input_type -> dormouse.host.v1.ReadTemplateLogRequest
-	74,  // 111: dormouse.host.v1.HostService.BuildTemplate:input_type -> dormouse.host.v1.BuildTemplateRequest
-	77,  // 112: dormouse.host.v1.HostService.DeleteTemplate:input_type -> dormouse.host.v1.DeleteTemplateRequest
-	2,   // 113: dormouse.host.v1.HostService.GetHost:output_type -> dormouse.host.v1.GetHostResponse
-	10,  // 114: dormouse.host.v1.HostService.CreateSandbox:output_type -> dormouse.host.v1.CreateSandboxResponse
-	12,  // 115: dormouse.host.v1.HostService.DestroySandbox:output_type -> dormouse.host.v1.DestroySandboxResponse
-	14,  // 116: dormouse.host.v1.HostService.ListSandboxes:output_type -> dormouse.host.v1.ListSandboxesResponse
-	16,  // 117: dormouse.host.v1.HostService.AcknowledgeEnded:output_type -> dormouse.host.v1.AcknowledgeEndedResponse
-	18,  // 118: dormouse.host.v1.HostService.SetDeadline:output_type -> dormouse.host.v1.SetDeadlineResponse
-	40,  // 119: dormouse.host.v1.HostService.PingSandbox:output_type -> dormouse.host.v1.PingSandboxResponse
-	20,  // 120: dormouse.host.v1.HostService.TouchSandbox:output_type -> dormouse.host.v1.TouchSandboxResponse
-	22,  // 121: dormouse.host.v1.HostService.PauseSandbox:output_type -> dormouse.host.v1.PauseSandboxResponse
-	24,  // 122: dormouse.host.v1.HostService.ResumeSandbox:output_type -> dormouse.host.v1.ResumeSandboxResponse
-	26,  // 123: dormouse.host.v1.HostService.ForkSandbox:output_type -> dormouse.host.v1.ForkSandboxResponse
-	30,  // 124: dormouse.host.v1.HostService.CreateSnapshot:output_type -> dormouse.host.v1.CreateSnapshotResponse
-	32,  // 125: dormouse.host.v1.HostService.DeleteSnapshot:output_type -> dormouse.host.v1.DeleteSnapshotResponse
-	34,  // 126: dormouse.host.v1.HostService.ListSnapshots:output_type -> dormouse.host.v1.ListSnapshotsResponse
-	36,  // 127: dormouse.host.v1.HostService.VerifySnapshot:output_type -> dormouse.host.v1.VerifySnapshotResponse
-	38,  // 128: dormouse.host.v1.HostService.GetSnapshotTree:output_type -> dormouse.host.v1.GetSnapshotTreeResponse
-	43,  // 129: dormouse.host.v1.HostService.Exec:output_type -> dormouse.host.v1.ExecResponse
-	47,  // 130: dormouse.host.v1.HostService.ExecStream:output_type -> dormouse.host.v1.ExecStreamResponse
-	49,  // 131: dormouse.host.v1.HostService.SignalCommand:output_type -> dormouse.host.v1.SignalCommandResponse
-	52,  // 132: dormouse.host.v1.HostService.StatFile:output_type -> dormouse.host.v1.StatFileResponse
-	54,  // 133: dormouse.host.v1.HostService.ListDir:output_type -> dormouse.host.v1.ListDirResponse
-	56,  // 134: dormouse.host.v1.HostService.MakeDir:output_type -> dormouse.host.v1.MakeDirResponse
-	58,  // 135: dormouse.host.v1.HostService.MoveFile:output_type -> dormouse.host.v1.MoveFileResponse
-	60,  // 136: dormouse.host.v1.HostService.RemoveFile:output_type -> dormouse.host.v1.RemoveFileResponse
-	62,  // 137: dormouse.host.v1.HostService.ReadFile:output_type -> dormouse.host.v1.ReadFileResponse
-	64,  // 138: dormouse.host.v1.HostService.WriteFile:output_type -> dormouse.host.v1.WriteFileResponse
-	66,  // 139: dormouse.host.v1.HostService.WatchDir:output_type -> dormouse.host.v1.WatchDirResponse
-	69,  // 140: dormouse.host.v1.HostService.OpenPort:output_type -> dormouse.host.v1.OpenPortResponse
-	71,  // 141: dormouse.host.v1.HostService.ReadConsole:output_type -> dormouse.host.v1.ReadConsoleResponse
-	73,  // 142: dormouse.host.v1.HostService.GetMetrics:output_type -> dormouse.host.v1.GetMetricsResponse
-	84,  // 143: dormouse.host.v1.HostService.ListTemplates:output_type -> dormouse.host.v1.ListTemplatesResponse
-	80,  // 144: dormouse.host.v1.HostService.GetTemplate:output_type -> dormouse.host.v1.GetTemplateResponse
-	82,  // 145: dormouse.host.v1.HostService.ReadTemplateLog:output_type -> dormouse.host.v1.ReadTemplateLogResponse
-	76,  // 146: dormouse.host.v1.HostService.BuildTemplate:output_type -> dormouse.host.v1.BuildTemplateResponse
-	78,  // 147: dormouse.host.v1.HostService.DeleteTemplate:output_type -> dormouse.host.v1.DeleteTemplateResponse
-	113, // [113:148] is the sub-list for method output_type
-	78,  // [78:113] is the sub-list for method input_type
-	78,  // [78:78] is the sub-list for extension type_name
-	78,  // [78:78] is the sub-list for extension extendee
-	0,   // [0:78] is the sub-list for field type_name
+	107, // 52: dormouse.host.v1.WriteFileRequest.start:type_name -> dormouse.host.v1.WriteFileRequest.Start
+	108, // 53: dormouse.host.v1.ReadTreeResponse.started:type_name -> dormouse.host.v1.ReadTreeResponse.Started
+	109, // 54: dormouse.host.v1.WriteTreeRequest.start:type_name -> dormouse.host.v1.WriteTreeRequest.Start
+	110, // 55: dormouse.host.v1.WatchDirResponse.started:type_name -> dormouse.host.v1.WatchDirResponse.Started
+	71,  // 56: dormouse.host.v1.WatchDirResponse.event:type_name -> dormouse.host.v1.FileEvent
+	111, // 57: dormouse.host.v1.WatchDirResponse.lost:type_name -> dormouse.host.v1.WatchDirResponse.Lost
+	112, // 58: dormouse.host.v1.OpenPortRequest.start:type_name -> dormouse.host.v1.OpenPortRequest.Start
+	113, // 59: dormouse.host.v1.OpenPortResponse.opened:type_name -> dormouse.host.v1.OpenPortResponse.Opened
+	114, // 60: dormouse.host.v1.OpenPortResponse.end:type_name -> dormouse.host.v1.OpenPortResponse.End
+	119, // 61: dormouse.host.v1.GetMetricsResponse.at:type_name -> google.protobuf.Timestamp
+	115, // 62: dormouse.host.v1.BuildTemplateRequest.start:type_name -> dormouse.host.v1.BuildTemplateRequest.Start
+	118, // 63: dormouse.host.v1.BuildTemplateResponse.event:type_name -> dormouse.host.v1.BuildTemplateResponse.Event
+	89,  // 64: dormouse.host.v1.BuildTemplateResponse.template:type_name -> dormouse.host.v1.Template
+	89,  // 65: dormouse.host.v1.GetTemplateResponse.template:type_name -> dormouse.host.v1.Template
+	89,  // 66: dormouse.host.v1.ListTemplatesResponse.templates:type_name -> dormouse.host.v1.Template
+	119, // 67: dormouse.host.v1.Template.built_at:type_name -> google.protobuf.Timestamp
+	90,  // 68: dormouse.host.v1.Template.healthcheck:type_name -> dormouse.host.v1.Healthcheck
+	119, // 69: dormouse.host.v1.ForkSandboxRequest.Copy.deadline:type_name -> google.protobuf.Timestamp
+	94,  // 70: dormouse.host.v1.ForkSandboxRequest.Copy.env:type_name -> dormouse.host.v1.ForkSandboxRequest.Copy.EnvEntry
+	5,   // 71: dormouse.host.v1.ForkSandboxResponse.Copy.status:type_name -> dormouse.host.v1.SandboxStatus
+	27,  // 72: dormouse.host.v1.ForkSandboxResponse.Copy.failure:type_name -> dormouse.host.v1.Failure
+	119, // 73: dormouse.host.v1.GetSnapshotTreeResponse.Node.at:type_name -> google.protobuf.Timestamp
+	41,  // 74: dormouse.host.v1.ExecStreamRequest.Start.command:type_name -> dormouse.host.v1.Command
+	46,  // 75: dormouse.host.v1.ExecStreamRequest.Start.terminal:type_name -> dormouse.host.v1.Terminal
+	46,  // 76: dormouse.host.v1.ExecStreamRequest.Attach.terminal:type_name -> dormouse.host.v1.Terminal
+	116, // 77: dormouse.host.v1.BuildTemplateRequest.Start.args:type_name -> dormouse.host.v1.BuildTemplateRequest.Start.ArgsEntry
+	117, // 78: dormouse.host.v1.BuildTemplateRequest.Start.registries:type_name -> dormouse.host.v1.BuildTemplateRequest.Start.RegistriesEntry
+	79,  // 79: dormouse.host.v1.BuildTemplateRequest.Start.RegistriesEntry.value:type_name -> dormouse.host.v1.RegistryLogin
+	1,   // 80: dormouse.host.v1.HostService.GetHost:input_type -> dormouse.host.v1.GetHostRequest
+	9,   // 81: dormouse.host.v1.HostService.CreateSandbox:input_type -> dormouse.host.v1.CreateSandboxRequest
+	11,  // 82: dormouse.host.v1.HostService.DestroySandbox:input_type -> dormouse.host.v1.DestroySandboxRequest
+	13,  // 83: dormouse.host.v1.HostService.ListSandboxes:input_type -> dormouse.host.v1.ListSandboxesRequest
+	15,  // 84: dormouse.host.v1.HostService.AcknowledgeEnded:input_type -> dormouse.host.v1.AcknowledgeEndedRequest
+	17,  // 85: dormouse.host.v1.HostService.SetDeadline:input_type -> dormouse.host.v1.SetDeadlineRequest
+	39,  // 86: dormouse.host.v1.HostService.PingSandbox:input_type -> dormouse.host.v1.PingSandboxRequest
+	19,  // 87: dormouse.host.v1.HostService.TouchSandbox:input_type -> dormouse.host.v1.TouchSandboxRequest
+	21,  // 88: dormouse.host.v1.HostService.PauseSandbox:input_type -> dormouse.host.v1.PauseSandboxRequest
+	23,  // 89: dormouse.host.v1.HostService.ResumeSandbox:input_type -> dormouse.host.v1.ResumeSandboxRequest
+	25,  // 90: dormouse.host.v1.HostService.ForkSandbox:input_type -> dormouse.host.v1.ForkSandboxRequest
+	29,  // 91: dormouse.host.v1.HostService.CreateSnapshot:input_type -> dormouse.host.v1.CreateSnapshotRequest
+	31,  // 92: dormouse.host.v1.HostService.DeleteSnapshot:input_type -> dormouse.host.v1.DeleteSnapshotRequest
+	33,  // 93: dormouse.host.v1.HostService.ListSnapshots:input_type -> dormouse.host.v1.ListSnapshotsRequest
+	35,  // 94: dormouse.host.v1.HostService.VerifySnapshot:input_type -> dormouse.host.v1.VerifySnapshotRequest
+	37,  // 95: dormouse.host.v1.HostService.GetSnapshotTree:input_type -> dormouse.host.v1.GetSnapshotTreeRequest
+	42,  // 96: dormouse.host.v1.HostService.Exec:input_type -> dormouse.host.v1.ExecRequest
+	45,  // 97: dormouse.host.v1.HostService.ExecStream:input_type -> dormouse.host.v1.ExecStreamRequest
+	48,  // 98: dormouse.host.v1.HostService.SignalCommand:input_type -> dormouse.host.v1.SignalCommandRequest
+	51,  // 99: dormouse.host.v1.HostService.StatFile:input_type -> dormouse.host.v1.StatFileRequest
+	53,  // 100: dormouse.host.v1.HostService.ListDir:input_type -> dormouse.host.v1.ListDirRequest
+	55,  // 101: dormouse.host.v1.HostService.MakeDir:input_type -> dormouse.host.v1.MakeDirRequest
+	57,  // 102: dormouse.host.v1.HostService.MoveFile:input_type -> dormouse.host.v1.MoveFileRequest
+	59,  // 103: dormouse.host.v1.HostService.RemoveFile:input_type -> dormouse.host.v1.RemoveFileRequest
+	61,  // 104: dormouse.host.v1.HostService.ReadFile:input_type -> dormouse.host.v1.ReadFileRequest
+	63,  // 105: dormouse.host.v1.HostService.WriteFile:input_type -> dormouse.host.v1.WriteFileRequest
+	65,  // 106: dormouse.host.v1.HostService.ReadTree:input_type -> dormouse.host.v1.ReadTreeRequest
+	67,  // 107: dormouse.host.v1.HostService.WriteTree:input_type -> dormouse.host.v1.WriteTreeRequest
+	69,  // 108: dormouse.host.v1.HostService.WatchDir:input_type -> dormouse.host.v1.WatchDirRequest
+	72,  // 109: dormouse.host.v1.HostService.OpenPort:input_type -> dormouse.host.v1.OpenPortRequest
+	74,  // 110: dormouse.host.v1.HostService.ReadConsole:input_type -> dormouse.host.v1.ReadConsoleRequest
+	76,  // 111: dormouse.host.v1.HostService.GetMetrics:input_type -> dormouse.host.v1.GetMetricsRequest
+	87,  // 112: dormouse.host.v1.HostService.ListTemplates:input_type -> dormouse.host.v1.ListTemplatesRequest
+	83,  // 113: dormouse.host.v1.HostService.GetTemplate:input_type -> dormouse.host.v1.GetTemplateRequest
+	85,  // 114: dormouse.host.v1.HostService.ReadTemplateLog:input_type -> dormouse.host.v1.ReadTemplateLogRequest
+	78,  // 115: dormouse.host.v1.HostService.BuildTemplate:input_type -> dormouse.host.v1.BuildTemplateRequest
+	81,  // 116: dormouse.host.v1.HostService.DeleteTemplate:input_type -> dormouse.host.v1.DeleteTemplateRequest
+	2,   // 117: dormouse.host.v1.HostService.GetHost:output_type -> dormouse.host.v1.GetHostResponse
+	10,  // 118: dormouse.host.v1.HostService.CreateSandbox:output_type -> dormouse.host.v1.CreateSandboxResponse
+	12,  // 119: dormouse.host.v1.HostService.DestroySandbox:output_type -> dormouse.host.v1.DestroySandboxResponse
+	14,  // 120: dormouse.host.v1.HostService.ListSandboxes:output_type -> dormouse.host.v1.ListSandboxesResponse
+	16,  // 121: dormouse.host.v1.HostService.AcknowledgeEnded:output_type -> dormouse.host.v1.AcknowledgeEndedResponse
+	18,  // 122: dormouse.host.v1.HostService.SetDeadline:output_type -> dormouse.host.v1.SetDeadlineResponse
+	40,  // 123: dormouse.host.v1.HostService.PingSandbox:output_type -> dormouse.host.v1.PingSandboxResponse
+	20,  // 124: dormouse.host.v1.HostService.TouchSandbox:output_type -> dormouse.host.v1.TouchSandboxResponse
+	22,  // 125: dormouse.host.v1.HostService.PauseSandbox:output_type -> dormouse.host.v1.PauseSandboxResponse
+	24,  // 126: dormouse.host.v1.HostService.ResumeSandbox:output_type -> dormouse.host.v1.ResumeSandboxResponse
+	26,  // 127: dormouse.host.v1.HostService.ForkSandbox:output_type -> dormouse.host.v1.ForkSandboxResponse
+	30,  // 128: dormouse.host.v1.HostService.CreateSnapshot:output_type -> dormouse.host.v1.CreateSnapshotResponse
+	32,  // 129: dormouse.host.v1.HostService.DeleteSnapshot:output_type -> dormouse.host.v1.DeleteSnapshotResponse
+	34,  // 130: dormouse.host.v1.HostService.ListSnapshots:output_type -> dormouse.host.v1.ListSnapshotsResponse
+	36,  // 131: dormouse.host.v1.HostService.VerifySnapshot:output_type -> dormouse.host.v1.VerifySnapshotResponse
+	38,  // 132: dormouse.host.v1.HostService.GetSnapshotTree:output_type -> dormouse.host.v1.GetSnapshotTreeResponse
+	43,  // 133: dormouse.host.v1.HostService.Exec:output_type -> dormouse.host.v1.ExecResponse
+	47,  // 134: dormouse.host.v1.HostService.ExecStream:output_type -> dormouse.host.v1.ExecStreamResponse
+	49,  // 135: dormouse.host.v1.HostService.SignalCommand:output_type -> dormouse.host.v1.SignalCommandResponse
+	52,  // 136: dormouse.host.v1.HostService.StatFile:output_type -> dormouse.host.v1.StatFileResponse
+	54,  // 137: dormouse.host.v1.HostService.ListDir:output_type -> dormouse.host.v1.ListDirResponse
+	56,  // 138: dormouse.host.v1.HostService.MakeDir:output_type -> dormouse.host.v1.MakeDirResponse
+	58,  // 139: dormouse.host.v1.HostService.MoveFile:output_type -> dormouse.host.v1.MoveFileResponse
+	60,  // 140: dormouse.host.v1.HostService.RemoveFile:output_type -> dormouse.host.v1.RemoveFileResponse
+	62,  // 141: dormouse.host.v1.HostService.ReadFile:output_type -> dormouse.host.v1.ReadFileResponse
+	64,  // 142: dormouse.host.v1.HostService.WriteFile:output_type -> dormouse.host.v1.WriteFileResponse
+	66,  // 143: dormouse.host.v1.HostService.ReadTree:output_type -> dormouse.host.v1.ReadTreeResponse
+	68,  // 144: dormouse.host.v1.HostService.WriteTree:output_type -> dormouse.host.v1.WriteTreeResponse
+	70,  // 145: dormouse.host.v1.HostService.WatchDir:output_type -> dormouse.host.v1.WatchDirResponse
+	73,  // 146: dormouse.host.v1.HostService.OpenPort:output_type -> dormouse.host.v1.OpenPortResponse
+	75,  // 147: dormouse.host.v1.HostService.ReadConsole:output_type -> dormouse.host.v1.ReadConsoleResponse
+	77,  // 148: dormouse.host.v1.HostService.GetMetrics:output_type -> dormouse.host.v1.GetMetricsResponse
+	88,  // 149: dormouse.host.v1.HostService.ListTemplates:output_type -> dormouse.host.v1.ListTemplatesResponse
+	84,  // 150: dormouse.host.v1.HostService.GetTemplate:output_type -> dormouse.host.v1.GetTemplateResponse
+	86,  // 151: dormouse.host.v1.HostService.ReadTemplateLog:output_type -> dormouse.host.v1.ReadTemplateLogResponse
+	80,  // 152: dormouse.host.v1.HostService.BuildTemplate:output_type -> dormouse.host.v1.BuildTemplateResponse
+	82,  // 153: dormouse.host.v1.HostService.DeleteTemplate:output_type -> dormouse.host.v1.DeleteTemplateResponse
+	117, // [117:154] is the sub-list for method output_type
+	80,  // [80:117] is the sub-list for method input_type
+	80,  // [80:80] is the sub-list for extension type_name
+	80,  // [80:80] is the sub-list for extension extendee
+	0,   // [0:80] is the sub-list for field type_name
 }
 
 func init() { file_dormouse_host_v1_host_proto_init() }
@@ -7424,24 +7866,32 @@ func file_dormouse_host_v1_host_proto_init() {
 		(*WriteFileRequest_Data)(nil),
 	}
 	file_dormouse_host_v1_host_proto_msgTypes[65].OneofWrappers = []any{
+		(*ReadTreeResponse_Started_)(nil),
+		(*ReadTreeResponse_Data)(nil),
+	}
+	file_dormouse_host_v1_host_proto_msgTypes[66].OneofWrappers = []any{
+		(*WriteTreeRequest_Start_)(nil),
+		(*WriteTreeRequest_Data)(nil),
+	}
+	file_dormouse_host_v1_host_proto_msgTypes[69].OneofWrappers = []any{
 		(*WatchDirResponse_Started_)(nil),
 		(*WatchDirResponse_Event)(nil),
 		(*WatchDirResponse_Lost_)(nil),
 	}
-	file_dormouse_host_v1_host_proto_msgTypes[67].OneofWrappers = []any{
+	file_dormouse_host_v1_host_proto_msgTypes[71].OneofWrappers = []any{
 		(*OpenPortRequest_Start_)(nil),
 		(*OpenPortRequest_Data)(nil),
 	}
-	file_dormouse_host_v1_host_proto_msgTypes[68].OneofWrappers = []any{
+	file_dormouse_host_v1_host_proto_msgTypes[72].OneofWrappers = []any{
 		(*OpenPortResponse_Opened_)(nil),
 		(*OpenPortResponse_Data)(nil),
 		(*OpenPortResponse_End_)(nil),
 	}
-	file_dormouse_host_v1_host_proto_msgTypes[73].OneofWrappers = []any{
+	file_dormouse_host_v1_host_proto_msgTypes[77].OneofWrappers = []any{
 		(*BuildTemplateRequest_Start_)(nil),
 		(*BuildTemplateRequest_Data)(nil),
 	}
-	file_dormouse_host_v1_host_proto_msgTypes[75].OneofWrappers = []any{
+	file_dormouse_host_v1_host_proto_msgTypes[79].OneofWrappers = []any{
 		(*BuildTemplateResponse_Event_)(nil),
 		(*BuildTemplateResponse_Template)(nil),
 	}
@@ -7451,7 +7901,7 @@ func file_dormouse_host_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dormouse_host_v1_host_proto_rawDesc), len(file_dormouse_host_v1_host_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   112,
+			NumMessages:   118,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

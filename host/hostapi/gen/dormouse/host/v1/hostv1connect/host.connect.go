@@ -100,6 +100,10 @@ const (
 	HostServiceReadFileProcedure = "/dormouse.host.v1.HostService/ReadFile"
 	// HostServiceWriteFileProcedure is the fully-qualified name of the HostService's WriteFile RPC.
 	HostServiceWriteFileProcedure = "/dormouse.host.v1.HostService/WriteFile"
+	// HostServiceReadTreeProcedure is the fully-qualified name of the HostService's ReadTree RPC.
+	HostServiceReadTreeProcedure = "/dormouse.host.v1.HostService/ReadTree"
+	// HostServiceWriteTreeProcedure is the fully-qualified name of the HostService's WriteTree RPC.
+	HostServiceWriteTreeProcedure = "/dormouse.host.v1.HostService/WriteTree"
 	// HostServiceWatchDirProcedure is the fully-qualified name of the HostService's WatchDir RPC.
 	HostServiceWatchDirProcedure = "/dormouse.host.v1.HostService/WatchDir"
 	// HostServiceOpenPortProcedure is the fully-qualified name of the HostService's OpenPort RPC.
@@ -205,6 +209,13 @@ type HostServiceClient interface {
 	ReadFile(context.Context, *connect.Request[v1.ReadFileRequest]) (*connect.ServerStreamForClient[v1.ReadFileResponse], error)
 	// WriteFile's first message names the target, later ones carry the bytes.
 	WriteFile(context.Context) *connect.ClientStreamForClient[v1.WriteFileRequest, v1.WriteFileResponse]
+	// ReadTree's first message says that the directory is there and may be read, later
+	// ones carry it as a tar stream. The stream says itself whether it is whole.
+	ReadTree(context.Context, *connect.Request[v1.ReadTreeRequest]) (*connect.ServerStreamForClient[v1.ReadTreeResponse], error)
+	// WriteTree's first message names the directory, which is made if it is missing,
+	// later ones carry the tar stream that is unpacked there. After an error what was
+	// unpacked before stays.
+	WriteTree(context.Context) *connect.ClientStreamForClient[v1.WriteTreeRequest, v1.WriteTreeResponse]
 	// WatchDir tells what happens in a directory, each thing once and in order, from
 	// its first message on until the caller goes away. Whoever reads too slowly for
 	// the guest to wait is told so, and nothing after that.
@@ -399,6 +410,18 @@ func NewHostServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			connect.WithSchema(hostServiceMethods.ByName("WriteFile")),
 			connect.WithClientOptions(opts...),
 		),
+		readTree: connect.NewClient[v1.ReadTreeRequest, v1.ReadTreeResponse](
+			httpClient,
+			baseURL+HostServiceReadTreeProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("ReadTree")),
+			connect.WithClientOptions(opts...),
+		),
+		writeTree: connect.NewClient[v1.WriteTreeRequest, v1.WriteTreeResponse](
+			httpClient,
+			baseURL+HostServiceWriteTreeProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("WriteTree")),
+			connect.WithClientOptions(opts...),
+		),
 		watchDir: connect.NewClient[v1.WatchDirRequest, v1.WatchDirResponse](
 			httpClient,
 			baseURL+HostServiceWatchDirProcedure,
@@ -484,6 +507,8 @@ type hostServiceClient struct {
 	removeFile       *connect.Client[v1.RemoveFileRequest, v1.RemoveFileResponse]
 	readFile         *connect.Client[v1.ReadFileRequest, v1.ReadFileResponse]
 	writeFile        *connect.Client[v1.WriteFileRequest, v1.WriteFileResponse]
+	readTree         *connect.Client[v1.ReadTreeRequest, v1.ReadTreeResponse]
+	writeTree        *connect.Client[v1.WriteTreeRequest, v1.WriteTreeResponse]
 	watchDir         *connect.Client[v1.WatchDirRequest, v1.WatchDirResponse]
 	openPort         *connect.Client[v1.OpenPortRequest, v1.OpenPortResponse]
 	readConsole      *connect.Client[v1.ReadConsoleRequest, v1.ReadConsoleResponse]
@@ -625,6 +650,16 @@ func (c *hostServiceClient) WriteFile(ctx context.Context) *connect.ClientStream
 	return c.writeFile.CallClientStream(ctx)
 }
 
+// ReadTree calls dormouse.host.v1.HostService.ReadTree.
+func (c *hostServiceClient) ReadTree(ctx context.Context, req *connect.Request[v1.ReadTreeRequest]) (*connect.ServerStreamForClient[v1.ReadTreeResponse], error) {
+	return c.readTree.CallServerStream(ctx, req)
+}
+
+// WriteTree calls dormouse.host.v1.HostService.WriteTree.
+func (c *hostServiceClient) WriteTree(ctx context.Context) *connect.ClientStreamForClient[v1.WriteTreeRequest, v1.WriteTreeResponse] {
+	return c.writeTree.CallClientStream(ctx)
+}
+
 // WatchDir calls dormouse.host.v1.HostService.WatchDir.
 func (c *hostServiceClient) WatchDir(ctx context.Context, req *connect.Request[v1.WatchDirRequest]) (*connect.ServerStreamForClient[v1.WatchDirResponse], error) {
 	return c.watchDir.CallServerStream(ctx, req)
@@ -751,6 +786,13 @@ type HostServiceHandler interface {
 	ReadFile(context.Context, *connect.Request[v1.ReadFileRequest], *connect.ServerStream[v1.ReadFileResponse]) error
 	// WriteFile's first message names the target, later ones carry the bytes.
 	WriteFile(context.Context, *connect.ClientStream[v1.WriteFileRequest]) (*connect.Response[v1.WriteFileResponse], error)
+	// ReadTree's first message says that the directory is there and may be read, later
+	// ones carry it as a tar stream. The stream says itself whether it is whole.
+	ReadTree(context.Context, *connect.Request[v1.ReadTreeRequest], *connect.ServerStream[v1.ReadTreeResponse]) error
+	// WriteTree's first message names the directory, which is made if it is missing,
+	// later ones carry the tar stream that is unpacked there. After an error what was
+	// unpacked before stays.
+	WriteTree(context.Context, *connect.ClientStream[v1.WriteTreeRequest]) (*connect.Response[v1.WriteTreeResponse], error)
 	// WatchDir tells what happens in a directory, each thing once and in order, from
 	// its first message on until the caller goes away. Whoever reads too slowly for
 	// the guest to wait is told so, and nothing after that.
@@ -941,6 +983,18 @@ func NewHostServiceHandler(svc HostServiceHandler, opts ...connect.HandlerOption
 		connect.WithSchema(hostServiceMethods.ByName("WriteFile")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostServiceReadTreeHandler := connect.NewServerStreamHandler(
+		HostServiceReadTreeProcedure,
+		svc.ReadTree,
+		connect.WithSchema(hostServiceMethods.ByName("ReadTree")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostServiceWriteTreeHandler := connect.NewClientStreamHandler(
+		HostServiceWriteTreeProcedure,
+		svc.WriteTree,
+		connect.WithSchema(hostServiceMethods.ByName("WriteTree")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostServiceWatchDirHandler := connect.NewServerStreamHandler(
 		HostServiceWatchDirProcedure,
 		svc.WatchDir,
@@ -1049,6 +1103,10 @@ func NewHostServiceHandler(svc HostServiceHandler, opts ...connect.HandlerOption
 			hostServiceReadFileHandler.ServeHTTP(w, r)
 		case HostServiceWriteFileProcedure:
 			hostServiceWriteFileHandler.ServeHTTP(w, r)
+		case HostServiceReadTreeProcedure:
+			hostServiceReadTreeHandler.ServeHTTP(w, r)
+		case HostServiceWriteTreeProcedure:
+			hostServiceWriteTreeHandler.ServeHTTP(w, r)
 		case HostServiceWatchDirProcedure:
 			hostServiceWatchDirHandler.ServeHTTP(w, r)
 		case HostServiceOpenPortProcedure:
@@ -1178,6 +1236,14 @@ func (UnimplementedHostServiceHandler) ReadFile(context.Context, *connect.Reques
 
 func (UnimplementedHostServiceHandler) WriteFile(context.Context, *connect.ClientStream[v1.WriteFileRequest]) (*connect.Response[v1.WriteFileResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.WriteFile is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) ReadTree(context.Context, *connect.Request[v1.ReadTreeRequest], *connect.ServerStream[v1.ReadTreeResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.ReadTree is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) WriteTree(context.Context, *connect.ClientStream[v1.WriteTreeRequest]) (*connect.Response[v1.WriteTreeResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dormouse.host.v1.HostService.WriteTree is not implemented"))
 }
 
 func (UnimplementedHostServiceHandler) WatchDir(context.Context, *connect.Request[v1.WatchDirRequest], *connect.ServerStream[v1.WatchDirResponse]) error {
