@@ -30,16 +30,27 @@ var remotePlace = regexp.MustCompile(`^([a-z0-9]{4,24}):(.*)$`)
 
 func newCpCommand() *cobra.Command {
 	var user string
+	var recursive bool
 	cmd := &cobra.Command{
-		Use:   "cp SOURCE DESTINATION",
-		Short: "Copy a file into, out of or between sandboxes",
-		Long: `Copy one file. A file in a sandbox is ID:PATH, where PATH counts from the home of
-the user unless it begins with a slash; "-" is standard input or output. A
-destination that is a directory or ends in a slash keeps the file's name.
+		Use:   "cp [-r] SOURCE DESTINATION",
+		Short: "Copy files and directories into, out of or between sandboxes",
+		Long: `Copy a file or, with -r, a directory. A path in a sandbox is ID:PATH, where PATH
+counts from the home of the user unless it begins with a slash; "-" is standard
+input or output. A destination that is a directory or ends in a slash keeps the
+name of a file.
 
-Directories are not copied yet; a pipe does it:
-  tar cz -C DIR . | dormouse exec ID -- tar xz -C DIR`,
-		Example:           "  dormouse cp main.py 7kq2:work/\n  dormouse cp 7kq2:/etc/os-release -",
+A directory is put into a destination that is one, under its own name; a
+destination that does not exist becomes the copy. DIR/. means what is in it. Files
+that are there are replaced, directories gone into. Permissions, times, symbolic
+links (as they are) and hard links within the directory are kept; owners are not:
+in a sandbox everything is done by the user, and belongs to the user. Sockets,
+devices and pipes are left out, and counted at the end. After an error what was
+copied before stays.`,
+		Example: `  dormouse cp main.py 7kq2:work/
+  dormouse cp 7kq2:/etc/os-release -
+  dormouse cp -r src 7kq2:work          # becomes work, or work/src if work is there
+  dormouse cp -r 7kq2:work/. results    # what is in work
+  dormouse cp -r 7kq2:work x9bc:        # from one sandbox to another's home`,
 		Args:              args(cobra.ExactArgs(2)),
 		ValidArgsFunction: completeIDs(2, true),
 		RunE: verb(func(cmd *cobra.Command, c *client.Client, given []string) error {
@@ -54,10 +65,20 @@ Directories are not copied yet; a pipe does it:
 			if from.id == "" && to.id == "" {
 				return usage(cmd, "neither %q nor %q is in a sandbox (ID:PATH)", given[0], given[1])
 			}
+			if recursive {
+				isDir, err := isDirectory(cmd.Context(), c, from, user)
+				if err != nil {
+					return err
+				}
+				if isDir {
+					return treeCopy{cmd, c, from, to, user}.run()
+				}
+			}
 			return copyFile(cmd, c, from, to, user)
 		}),
 	}
 	cmd.Flags().StringVarP(&user, "user", "u", "", "user inside the sandbox (default: the template's)")
+	cmd.Flags().BoolVarP(&recursive, "recursive", "r", false, "copy a directory with all that is in it")
 	return cmd
 }
 
@@ -144,8 +165,7 @@ func openLocal(name string) (source, error) {
 }
 
 func directory(name string) error {
-	return sandbox.Errorf(sandbox.KindUnsupported,
-		"%s is a directory, and cp copies single files yet; use tar through dormouse exec (see dormouse cp --help)", name)
+	return sandbox.Errorf(sandbox.KindInvalid, "%s is a directory: copy it with -r", name)
 }
 
 // localError gives an error of our own file system its kind.
@@ -196,6 +216,9 @@ func makeExecutable(ctx context.Context, c *client.Client, id, target, user stri
 	return nil
 }
 
+// writtenByOthers are permissions that nothing of ours gets from a sandbox.
+const writtenByOthers = 0o022
+
 // download replaces a file of ours as a whole: a copy that breaks off leaves
 // the old one. What is not a regular file (a pipe, /dev/null) is written to.
 func download(cmd *cobra.Command, to place, src source, r io.Reader) error {
@@ -206,11 +229,14 @@ func download(cmd *cobra.Command, to place, src source, r io.Reader) error {
 	target := to.path
 	info, err := os.Stat(target)
 	if err == nil && info.IsDir() || strings.HasSuffix(target, "/") {
+		// A link that merely has the right name may have come from a sandbox, with
+		// a directory: it is replaced, not followed.
 		target = filepath.Join(target, src.name)
-		info, err = os.Stat(target)
-	}
-	if resolved, err := filepath.EvalSymlinks(target); err == nil {
-		target = resolved // a link stays, what it points to is replaced
+		if info, err = os.Lstat(target); err == nil && info.Mode()&fs.ModeSymlink != 0 {
+			err = fs.ErrNotExist
+		}
+	} else if resolved, err := filepath.EvalSymlinks(target); err == nil {
+		target = resolved // the link stays, what it points to is replaced
 	}
 	var written int64
 	fill := func(f *os.File) (err error) {
@@ -220,7 +246,7 @@ func download(cmd *cobra.Command, to place, src source, r io.Reader) error {
 	if err == nil && !info.Mode().IsRegular() {
 		err = writeInto(target, fill)
 	} else {
-		err = osfs.Replace("cp", target, src.mode&^0o022|0o600, fill)
+		err = osfs.Replace("cp", target, src.mode&^writtenByOthers|0o600, fill)
 	}
 	if err != nil {
 		return localError(err)

@@ -37,6 +37,7 @@ type fakeServer struct {
 	lastReq api.CreateSandbox
 	creates int
 	logs    string
+	trees   fakeTrees
 
 	deleting    atomic.Bool
 	stuckDelete chan struct{} // a delete waits for it
@@ -82,6 +83,8 @@ func newFake(t *testing.T) *fakeServer {
 	mux.HandleFunc("GET /v1/sandboxes/{id}/logs", f.withBox(f.console))
 	mux.HandleFunc("GET /v1/sandboxes/{id}/files/{what}", f.withBox(f.file))
 	mux.HandleFunc("PUT /v1/sandboxes/{id}/files/write", f.withBox(f.write))
+	mux.HandleFunc("GET /v1/sandboxes/{id}/files/tree", f.withBox(f.readTree))
+	mux.HandleFunc("PUT /v1/sandboxes/{id}/files/tree", f.withBox(f.writeTree))
 	mux.HandleFunc("GET /v1/host", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, api.Host{Name: "here", Accelerator: "tcg"}) })
 	mux.HandleFunc("GET /v1/templates", func(w http.ResponseWriter, _ *http.Request) {
 		writeJSON(w, api.TemplateList{Templates: []api.Template{{Name: "base", SizeBytes: 3 << 20, MinDiskMiB: 1024, BuiltAt: time.Now()}}})
@@ -404,6 +407,9 @@ func (f *fakeServer) file(w http.ResponseWriter, r *http.Request, _ *api.Sandbox
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	path := r.URL.Query().Get("path")
+	if f.trees.stat(w, r) {
+		return
+	}
 	text, isFile := f.files[path]
 	isDir := path == "/tmp" || path == "/tmp/"
 	switch {

@@ -198,8 +198,8 @@ func TestCpRefuses(t *testing.T) {
 		says string
 	}{
 		"two local files":          {[]string{"a", "b"}, 2, "neither"},
-		"a local directory":        {[]string{dir, "aaaab:/x"}, 8, "tar"},
-		"a directory in a sandbox": {[]string{"aaaab:/tmp", dir}, 8, "tar"},
+		"a local directory":        {[]string{dir, "aaaab:/x"}, 2, "is a directory: copy it with -r"},
+		"a directory in a sandbox": {[]string{"aaaab:/tmp", dir}, 2, "is a directory: copy it with -r"},
 		"a missing local file":     {[]string{dir + "/no", "aaaab:/x"}, 3, "no such file"},
 		"a missing remote file":    {[]string{"aaaab:/no", dir}, 3, "no file /no"},
 		"no path":                  {[]string{"aaaab:", dir}, 2, "names no path"},
