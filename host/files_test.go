@@ -6,7 +6,9 @@ import (
 	"net/http"
 	"testing"
 
+	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
 	"github.com/dormouse-sandbox/dormouse/host"
+	"github.com/dormouse-sandbox/dormouse/internal/tree"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
@@ -21,7 +23,7 @@ func TestAgentThatAnswersBeforeTheUpload(t *testing.T) {
 	const tries = 50 // the answer and the broken connection race
 	const full = "the sandbox's disk is full"
 	mux := http.NewServeMux()
-	mux.HandleFunc("POST /files", func(w http.ResponseWriter, _ *http.Request) {
+	full507 := func(w http.ResponseWriter, _ *http.Request) {
 		conn, _, err := w.(http.Hijacker).Hijack()
 		if err != nil {
 			t.Error(err)
@@ -31,7 +33,9 @@ func TestAgentThatAnswersBeforeTheUpload(t *testing.T) {
 		_, _ = fmt.Fprintf(conn, "HTTP/1.1 507 Insufficient Storage\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
 		_ = conn.(interface{ CloseRead() error }).CloseRead() // what was not read makes the kernel reset the connection
 		_ = conn.Close()                                      // the caller is to hear the answer all the same
-	})
+	}
+	mux.HandleFunc("POST /files", full507)
+	mux.HandleFunc("POST /files/tree", full507)
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	r := newRig(t)
 	hostile(r, mux)
@@ -43,6 +47,54 @@ func TestAgentThatAnswersBeforeTheUpload(t *testing.T) {
 			if !sandbox.Is(err, sandbox.KindNoSpace) || err.Error() != full {
 				t.Fatalf("write of %d bytes: %v, want %s", size, err, full)
 			}
+			_, err = agent.WriteTree(t.Context(), ref, io.LimitReader(endless{}, size))
+			if !sandbox.Is(err, sandbox.KindNoSpace) || err.Error() != full {
+				t.Fatalf("write of a tree of %d bytes: %v, want %s", size, err, full)
+			}
 		}
+	}
+}
+
+// TestTrees: a tree passes as it is, and one whose agent dies is an error.
+func TestTrees(t *testing.T) {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /files/tree", func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, r.URL.RawQuery) // a stream like any other
+		if r.URL.Query().Get("path") == "/dies" {
+			_ = http.NewResponseController(w).Flush()
+			panic(http.ErrAbortHandler)
+		}
+	})
+	mux.HandleFunc("POST /files/tree", func(w http.ResponseWriter, r *http.Request) {
+		n, err := io.Copy(io.Discard, r.Body)
+		if err != nil || r.Header.Get("Content-Type") != "application/x-tar" {
+			t.Errorf("%v of %v", err, r.Header)
+		}
+		_, _ = fmt.Fprintf(w, `{"path":%q,"files":2,"directories":1,"bytes":%d,"skipped":1,"first_skipped":"p"}`, r.URL.Query().Get("path"), n)
+	})
+	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	r := newRig(t)
+	hostile(r, mux)
+	agent := r.open()
+	id := string(r.mustCreate())
+	read := func(path string) (text string, begun bool, err error) {
+		err = agent.ReadTree(t.Context(), host.FileRef{ID: id, Path: path, User: "u"},
+			func() error { begun = true; return nil },
+			func(b []byte) error { text += string(b); return nil })
+		return text, begun, err
+	}
+	if text, begun, err := read("/d e"); text != "path=%2Fd+e&username=u" || !begun || err != nil {
+		t.Errorf("read: %q, %v, %v", text, begun, err)
+	}
+	if text, _, err := read("/dies"); text == "" || !sandbox.Is(err, sandbox.KindTransient) {
+		t.Errorf("of an agent that dies: %q, %v", text, err)
+	}
+	if _, begun, err := read("a\x00"); begun || !sandbox.Is(err, sandbox.KindInvalid) {
+		t.Errorf("a path with a NUL byte: %v", err)
+	}
+	made, err := agent.WriteTree(t.Context(), host.FileRef{ID: id, Path: "/d"}, io.LimitReader(endless{}, 1<<20))
+	want := guestapi.Tree{Path: "/d", Report: tree.Report{Files: 2, Directories: 1, Bytes: 1 << 20, Skipped: 1, FirstSkipped: "p"}}
+	if err != nil || made != want {
+		t.Errorf("write: %+v, %v", made, err)
 	}
 }

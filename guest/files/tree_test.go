@@ -17,7 +17,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
+	filesystemv1 "github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/filesystem"
 	"github.com/dormouse-sandbox/dormouse/guest/guesttest"
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/internal/tree"
@@ -284,4 +287,24 @@ func TestATreeWhoseReaderLeaves(t *testing.T) {
 		t.Fatal(err)
 	}
 	done()
+}
+
+// TestATreeIsWrittenOnce: to watchers the files of a tree are uploads.
+func TestATreeIsWrittenOnce(t *testing.T) {
+	g := guesttest.Start(t, guesttest.Options{})
+	write(t, g.Home+"/old", "x")
+	w := watchDir(t, g, &filesystemv1.WatchDirRequest{Path: "~"})
+	res, body := post(t, g, treeURL(g, "path", "~"), guestapi.TreeType, tarOf(t, "new", "y", "old", "z", "link", "->old", "last", ""))
+	if res.StatusCode != 200 {
+		t.Fatalf("%d %s", res.StatusCode, body)
+	}
+	got := map[string]int{}
+	for got["write last"] == 0 {
+		got[describe(w.next(t))]++
+	}
+	// A link is there at once, and gets its time then.
+	want := map[string]int{"create new": 1, "write new": 1, "write old": 1, "create link": 1, "chmod link": 1, "create last": 1, "write last": 1}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
 }

@@ -149,6 +149,8 @@ func calls(ctx context.Context, c hostv1connect.HostServiceClient, id string) ma
 		"RemoveFile": func() error { return unary(ctx, c.RemoveFile, &hostv1.RemoveFileRequest{Id: id, Path: "/x"}) },
 		"ReadFile":   func() error { return readFile(ctx, c, &hostv1.ReadFileRequest{Id: id, Path: "/x"}) },
 		"WriteFile":  func() error { return writeFile(ctx, c, &hostv1.WriteFileRequest_Start{Id: id, Path: "/x"}) },
+		"ReadTree":   func() error { return readTree(ctx, c, &hostv1.ReadTreeRequest{Id: id, Path: "/x"}) },
+		"WriteTree":  func() error { return writeTree(ctx, c, &hostv1.WriteTreeRequest_Start{Id: id, Path: "/x"}) },
 		"WatchDir":   func() error { return watchDir(ctx, c, &hostv1.WatchDirRequest{Id: id, Path: "/x"}) },
 		"OpenPort":   func() error { return openPort(ctx, c, id) },
 		"ExecStream": func() error {
@@ -198,6 +200,23 @@ func watchDir(ctx context.Context, c hostv1connect.HostServiceClient, req *hostv
 func writeFile(ctx context.Context, c hostv1connect.HostServiceClient, start *hostv1.WriteFileRequest_Start) error {
 	stream := c.WriteFile(ctx)
 	_ = stream.Send(&hostv1.WriteFileRequest{Message: &hostv1.WriteFileRequest_Start_{Start: start}}) // the answer has the reason
+	_, err := stream.CloseAndReceive()
+	return err
+}
+
+func readTree(ctx context.Context, c hostv1connect.HostServiceClient, req *hostv1.ReadTreeRequest) error {
+	stream, err := c.ReadTree(ctx, connect.NewRequest(req))
+	if err != nil {
+		return err
+	}
+	for stream.Receive() {
+	}
+	return errors.Join(stream.Err(), stream.Close())
+}
+
+func writeTree(ctx context.Context, c hostv1connect.HostServiceClient, start *hostv1.WriteTreeRequest_Start) error {
+	stream := c.WriteTree(ctx)
+	_ = stream.Send(&hostv1.WriteTreeRequest{Message: &hostv1.WriteTreeRequest_Start_{Start: start}}) // the answer has the reason
 	_, err := stream.CloseAndReceive()
 	return err
 }
