@@ -1,7 +1,9 @@
 package e2e_test
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -152,6 +154,39 @@ func (w world) cliCopy(id string) {
 	if _, err := os.Stat(filepath.Join(dir, "none")); err == nil {
 		w.t.Error("a copy that failed left a file")
 	}
+	w.cliCopyTree(id, dir)
+}
+
+// cliCopyTree takes a directory there, from the one sandbox into another place of
+// it, and back.
+func (w world) cliCopyTree(id, dir string) {
+	w.t.Helper()
+	src := filepath.Join(dir, "src")
+	if err := errors.Join(
+		os.MkdirAll(src+"/sub/empty", 0o755), os.WriteFile(src+"/sub/tool", []byte("#!/bin/sh\necho runs\n"), 0o750),
+		os.WriteFile(src+"/big", bytes.Repeat([]byte("big"), 1<<20), 0o644), os.Symlink("sub/tool", src+"/link"),
+	); err != nil {
+		w.t.Fatal(err)
+	}
+	made := decode[api.Tree](w, "cp", "-r", src, id+":tree")
+	if want := (api.Tree{Path: "/home/user/tree", Files: 3, Directories: 3, Bytes: 3<<20 + 20}); made != want {
+		w.t.Errorf("cp -r tells %+v, want %+v", made, want)
+	}
+	out := w.cli(0, "", "exec", id, "--", "sh", "-c", "cd tree && ./link && stat -c '%U %a' sub/tool && find . | sort | tr '\n' ' '")
+	if want := "runs\nuser 750\n. ./big ./link ./sub ./sub/empty ./sub/tool "; out != want {
+		w.t.Errorf("what is in the sandbox: %q, want %q", out, want)
+	}
+	w.cli(0, "", "cp", "-r", id+":tree", id+":/tmp")
+	back := filepath.Join(dir, "tree again")
+	w.cli(0, "", "cp", "-r", id+":/tmp/tree", back)
+	for name, text := range map[string]string{"link": "#!/bin/sh\necho runs\n", "big": strings.Repeat("big", 1<<20)} {
+		if data, err := os.ReadFile(filepath.Join(back, name)); err != nil || string(data) != text {
+			w.t.Errorf("%s has %d bytes when it is back, want %d (%v)", name, len(data), len(text), err)
+		}
+	}
+	w.cli(2, "", "cp", "-r", src+"/.", id+":/root/sealed") // the user has no rights there
+	w.cli(0, "", "cp", "-r", "-u", "root", src+"/.", id+":/root/sealed")
+	w.cli(2, "", "cp", "-r", id+":/root", filepath.Join(dir, "secrets"))
 }
 
 func (w world) cliLook(id string) {
