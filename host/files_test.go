@@ -1,12 +1,16 @@
 package host_test
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"testing"
 
 	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
+	"github.com/dormouse-sandbox/dormouse/guest/guesttest"
 	"github.com/dormouse-sandbox/dormouse/host"
 	"github.com/dormouse-sandbox/dormouse/internal/tree"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
@@ -98,3 +102,55 @@ func TestTrees(t *testing.T) {
 		t.Errorf("write: %+v, %v", made, err)
 	}
 }
+
+// TestTreesAndTheAgent: there and back through the agent of a guest itself.
+func TestTreesAndTheAgent(t *testing.T) {
+	g := guesttest.Start(t, guesttest.Options{})
+	r := newRig(t)
+	hostile(r, g.Handler)
+	agent := r.open()
+	ref := host.FileRef{ID: string(r.mustCreate()), Path: g.Home + "/d", User: guesttest.User}
+	source := t.TempDir()
+	if err := errors.Join(os.Mkdir(source+"/empty", 0o700), os.WriteFile(source+"/f", make([]byte, 3<<20), 0o640), os.Symlink("f", source+"/l")); err != nil {
+		t.Fatal(err)
+	}
+	from, err := os.OpenRoot(source)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = from.Close() }() // read only
+	var stream bytes.Buffer
+	packed, err := tree.Pack(t.Context(), &stream, from, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pulled := errors.New("the plug was pulled")
+	if _, err := agent.WriteTree(t.Context(), ref, io.MultiReader(bytes.NewReader(stream.Bytes()[:1<<20]), failing{pulled})); !errors.Is(err, pulled) {
+		t.Errorf("a source that fails: %v", err)
+	}
+	if _, err := agent.WriteTree(t.Context(), ref, bytes.NewReader(stream.Bytes()[:stream.Len()-1024])); !sandbox.Is(err, sandbox.KindInvalid) {
+		t.Errorf("a stream without its end: %v", err)
+	}
+	made, err := agent.WriteTree(t.Context(), ref, bytes.NewReader(stream.Bytes()))
+	if want := (guestapi.Tree{Path: ref.Path, Report: packed}); err != nil || made != want {
+		t.Errorf("written: %+v, %v, want %+v", made, err, want)
+	}
+	var back bytes.Buffer
+	if err := agent.ReadTree(t.Context(), ref, func() error { return nil }, func(b []byte) error { back.Write(b); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if report, err := tree.Relay(io.Discard, &back, nil); err != nil || report != packed {
+		t.Errorf("read: %+v, %v, want %+v", report, err, packed)
+	}
+	ref.Path += "/f"
+	if err := agent.ReadTree(t.Context(), ref, nil, nil); !sandbox.Is(err, sandbox.KindInvalid) {
+		t.Errorf("of a file: %v", err)
+	}
+	if _, err := agent.WriteTree(t.Context(), ref, &stream); !sandbox.Is(err, sandbox.KindConflict) {
+		t.Errorf("onto a file: %v", err)
+	}
+}
+
+type failing struct{ err error }
+
+func (f failing) Read([]byte) (int, error) { return 0, f.err }
