@@ -297,10 +297,12 @@ func (u *unpacker) publish(base string, when time.Time, link func(name string) e
 	if !when.IsZero() {
 		err = linkTime(dir, name, when)
 	}
-	if !replaces || err != nil {
+	if !replaces {
 		return err
 	}
-	err = dir.Rename(temp, base)
+	if err == nil {
+		err = dir.Rename(temp, base)
+	}
 	// rename(2) leaves both where they are already one file.
 	if gone := dir.Remove(temp); gone != nil && !errors.Is(gone, fs.ErrNotExist) {
 		err = errors.Join(err, gone)
