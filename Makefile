@@ -106,7 +106,7 @@ check-unit:
 
 check-root:
 	@$(if $(strip $(ROOT_PKGS)),REQUIRE=root$(,)$(REQUIRE_TOOLS) $(STAGE) --show "tests as root" -- \
-	  $(GO) test -timeout 10m -p 1 $(AS_ROOT) $(TESTFLAGS) $(ROOT_PKGS),:)
+	  $(GO) test -timeout 10m -p 2 $(AS_ROOT) $(TESTFLAGS) $(ROOT_PKGS),:)
 
 check-e2e:
 	@REQUIRE=root,$(REQUIRE_TOOLS) $(STAGE) --show "end to end" -- $(SYSTEM) -p 2 -timeout 25m ./test/up/... ./test/e2e/... ./test/chaos/...

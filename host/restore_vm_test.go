@@ -230,7 +230,6 @@ func restoreHarness(t *testing.T, k *keeper) vmmtest.Harness {
 // TestMemoryIsTrueThroughSnapshots: every page, in every generation, from inside
 // and from outside.
 func TestMemoryIsTrueThroughSnapshots(t *testing.T) {
-	testkit.Require(t, "tcg", testkit.Accelerator() == "tcg", "VMs under KVM cannot be saved yet")
 	k := newKeeper(t)
 	h := restoreHarness(t, k)
 	if testkit.Accelerator() != "tcg" { // a lab
@@ -241,7 +240,6 @@ func TestMemoryIsTrueThroughSnapshots(t *testing.T) {
 
 // TestADamagedPageEndsTheVM, and no other byte is given for it.
 func TestADamagedPageEndsTheVM(t *testing.T) {
-	testkit.Require(t, "tcg", testkit.Accelerator() == "tcg", "VMs under KVM cannot be saved yet")
 	k := newKeeper(t)
 	h := restoreHarness(t, k)
 	d, spec := h.Driver(t), h.Spec(t, vmmtest.Remember)

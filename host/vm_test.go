@@ -217,7 +217,6 @@ func TestRealVM(t *testing.T) {
 // TestRealPause takes a real VM through pauses, a snapshot and a fork: processes
 // and files go on where they were.
 func TestRealPause(t *testing.T) {
-	testkit.Require(t, "tcg", testkit.Accelerator() == "tcg", "VMs under KVM cannot be saved yet")
 	agent := realHost(t)
 	ctx := t.Context()
 	create := func(template string) sandbox.ID {

@@ -7,9 +7,11 @@
 package kernel
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 
@@ -39,15 +41,34 @@ func Release() (string, error) {
 }
 
 // CPUModel is the first processor's model name; empty where /proc/cpuinfo has none.
-func CPUModel() string {
-	data, err := os.ReadFile("/proc/cpuinfo")
-	if err != nil {
+func CPUModel() string { return firstCPU()["model name"] }
+
+// CPUIdentity tells processors apart that a guest would: vendor, family, model,
+// stepping, and a digest of the features. It is empty where /proc/cpuinfo has none.
+func CPUIdentity() string { return identityOf(firstCPU()) }
+
+func identityOf(cpu map[string]string) string {
+	flags := strings.Fields(cpu["flags"])
+	if len(flags) == 0 || cpu["vendor_id"] == "" {
 		return ""
 	}
-	for line := range strings.Lines(string(data)) {
-		if key, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(key) == "model name" {
-			return strings.TrimSpace(value)
+	slices.Sort(flags)
+	sum := sha256.Sum256([]byte(strings.Join(flags, " ")))
+	return fmt.Sprintf("%s %s-%s-%s %x", cpu["vendor_id"], cpu["cpu family"], cpu["model"], cpu["stepping"], sum[:6])
+}
+
+// firstCPU is what /proc/cpuinfo says of the first processor.
+func firstCPU() map[string]string {
+	data, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return nil
+	}
+	first, _, _ := strings.Cut(string(data), "\n\n")
+	cpu := map[string]string{}
+	for line := range strings.Lines(first) {
+		if key, value, ok := strings.Cut(line, ":"); ok {
+			cpu[strings.TrimSpace(key)] = strings.TrimSpace(value)
 		}
 	}
-	return ""
+	return cpu
 }

@@ -183,7 +183,6 @@ func TestEachStepOfCreateFails(t *testing.T) {
 // TestAWarmSnapshotThatDoesNotWorkIsGivenUp breaks every step of going on from one
 // once: the create boots instead, and makes another.
 func TestAWarmSnapshotThatDoesNotWorkIsGivenUp(t *testing.T) {
-	testkit.Require(t, "tcg", testkit.Accelerator() == "tcg", "VMs under KVM cannot be saved yet")
 	s := rig.Start(t, rig.Options{})
 	warm(t, s)
 	for i, point := range append(slices.Clone(passed(t).restore), "") {

@@ -66,20 +66,17 @@ func observe(t *testing.T) steps {
 		create:  fresh(idle, afterCreate[len(warmed):]),
 		destroy: fresh(append(idle, afterTakeOver[len(afterCreate):]...), afterDestroy[len(afterTakeOver):]),
 	}
-	vm := "host/create/vm"
-	if testkit.Accelerator() == "tcg" { // VMs under KVM cannot be saved yet
-		from, to := slices.Index(out.create, "host/restore/images"), slices.Index(out.create, "host/create/publish")
-		if from < 0 || to < from {
-			t.Fatalf("the second create of its shape was no restore; passed were %q", out.create)
-		}
-		vm, out.restore = "host/restore/vm", out.create[from:to]
+	from, to := slices.Index(out.create, "host/restore/images"), slices.Index(out.create, "host/create/publish")
+	if from < 0 || to < from {
+		t.Fatalf("the second create of its shape was no restore; passed were %q", out.create)
 	}
+	out.restore = out.create[from:to]
 	for _, want := range []struct {
 		name string
 		in   []string
 	}{
 		{"control/create/recorded", out.create},
-		{vm, out.create},
+		{"host/restore/vm", out.create},
 		{"osfs/create-done/rename", out.create},
 		{"control/destroy/marked", out.destroy},
 		{"host/destroy/vm", out.destroy},

@@ -66,7 +66,8 @@ type Driver struct {
 	config  Config
 	binary  string // absolute
 	version string
-	tscKHz  int // under TCG only
+	tscKHz  int    // under TCG only
+	cpu     string // under KVM only: the host's
 
 	mu   sync.Mutex
 	held map[string]int // directories of VMs that somebody holds, for Sweep
@@ -90,6 +91,8 @@ func New(config Config) (*Driver, error) {
 		if d.tscKHz, err = kernel.TSCkHz(); err != nil {
 			return nil, fmt.Errorf("measure the clock for software emulation: %w", err)
 		}
+	} else {
+		d.cpu = kernel.CPUIdentity()
 	}
 	return d, nil
 }

@@ -92,7 +92,6 @@ func onward(t *testing.T, m vmm.Machine) {
 // at every block, notices nothing; nor when it is saved and restored on the new
 // overlay, with a network, and when an agent that did not start it switches.
 func TestTheDiskIsSwitchedWhileTheGuestStandsStill(t *testing.T) {
-	testkit.Require(t, "tcg", testkit.Accelerator() == "tcg", "VMs under KVM cannot be saved yet")
 	testkit.Root(t)
 	testkit.Tool(t, "ip")
 	testkit.Tool(t, "qemu-img")
@@ -159,7 +158,6 @@ func over(t *testing.T, backing string, n int) string {
 // TestEveryStepOfASaveFailsOnce: the VM goes on, and is saved all the same later;
 // a restore that fails leaves nothing, and can be tried again.
 func TestEveryStepOfASaveFailsOnce(t *testing.T) {
-	testkit.Require(t, "tcg", testkit.Accelerator() == "tcg", "VMs under KVM cannot be saved yet")
 	if !fault.Enabled {
 		t.Skip("a release has no failpoints")
 	}

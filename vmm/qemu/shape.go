@@ -17,20 +17,22 @@ import (
 const layout = 2
 
 // compat is everything that a saved VM needs to find again. The microvm machine
-// has no versions, so QEMU's is one. Under KVM a guest sees the host's processor.
+// has no versions, so QEMU's is one. Under KVM a guest sees the host's processor;
+// where that cannot be told, nothing is saved.
 func (d *Driver) compat() string {
+	cpu := "max"
 	if d.config.Accelerator == KVM {
-		return "" // see canSave
+		if cpu = d.cpu; cpu == "" {
+			return ""
+		}
 	}
-	return fmt.Sprintf("qemu %s, %s, max, layout %d", d.version, d.config.Accelerator, layout)
+	return fmt.Sprintf("qemu %s, %s, %s, layout %d", d.version, d.config.Accelerator, cpu, layout)
 }
 
-// canSave refuses where a saved VM is not known to go on. Under KVM, in a host that
-// emulates it, restored guests stood still: until that is understood nobody's
-// sandbox is paused for ever.
+// canSave refuses where a saved VM would not be known again.
 func (d *Driver) canSave() error {
-	if d.config.Accelerator == KVM {
-		return sandbox.Errorf(sandbox.KindUnsupported, "VMs under KVM cannot be saved yet; --accel tcg can")
+	if d.compat() == "" {
+		return sandbox.Errorf(sandbox.KindUnsupported, "VMs under KVM can be saved only where /proc/cpuinfo tells the processor")
 	}
 	return nil
 }

@@ -2,10 +2,8 @@ package qemu
 
 import (
 	"bytes"
-	"strings"
 	"testing"
 
-	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
@@ -101,7 +99,12 @@ func TestCompatNamesWhatAGuestSees(t *testing.T) {
 	if emulated != "qemu 7.2.22, tcg, max, layout 2" {
 		t.Errorf("emulated: %q", emulated)
 	}
-	if cpu := kernel.CPUModel(); (&Driver{config: Config{Accelerator: KVM}}).compat() != "" || strings.Contains(emulated, cpu) {
-		t.Errorf("the host's processor %q is of no matter but under KVM", cpu)
+	real := Driver{version: "7.2.22", config: Config{Accelerator: KVM}, cpu: "AuthenticAMD 25-1-1 0123456789ab"}
+	if got := real.compat(); got != "qemu 7.2.22, kvm, AuthenticAMD 25-1-1 0123456789ab, layout 2" || real.canSave() != nil {
+		t.Errorf("under KVM: %q, %v", got, real.canSave())
+	}
+	real.cpu = ""
+	if err := real.canSave(); real.compat() != "" || !sandbox.Is(err, sandbox.KindUnsupported) {
+		t.Errorf("on a processor that is not known: %q, %v", real.compat(), err)
 	}
 }
