@@ -35,13 +35,16 @@ AS_ROOT    = $(if $(SUDO)$(AS_USER),-exec "$(CURDIR)/scripts/as-root",)
 SYSTEM     = $(GO) test -count=1 -p 1 $(AS_ROOT) $(TESTFLAGS)
 
 # Packages whose tests need root, KVM or device-mapper run in the lab, a Linux host under QEMU's software emulation, too.
-LAB_PKGS ?= ./cgroup ./disk/dm ./netns ./host ./host/base ./vmm/qemu ./test/up
+# Two labs at once make the most of two processors: VMs inside one leave the other processor alone.
+LAB_HOUSE := ./cgroup ./disk/dm ./netns ./host/base ./test/up
+LAB_VMS   := ./vmm/qemu ./host
+LAB_PKGS  ?= $(LAB_HOUSE) $(LAB_VMS)
 # Sweeps that need nothing of it, over fakes or of what the tests as root have failed step by step already.
 LAB_SKIP := [a-z](FailsAt|KilledAt)$$|(Fails|Fail|Cancelled|AKill)AtEachStep$$|^Test(Races|RandomLives|LongLinesAreFlattened)$$
 PKG      ?= $(LAB_PKGS)
 LABFLAGS ?=
 
-.PHONY: lab lab-shell lab-ready check-lab check-lab-all help up down demo doctor deps check-deps build release generate fmt check check-all bench \
+.PHONY: lab lab-house lab-vms lab-shell lab-ready check-lab check-lab-all help up down demo doctor deps check-deps build release generate fmt check check-all bench \
         check-format check-vet check-lint check-build check-assets check-unit check-root check-e2e
 
 help: ## this list
@@ -120,7 +123,7 @@ check-all: check ## check, then what takes longer: the race detector, the whole 
 	@$(MAKE) check-lab-all
 
 lab: lab-ready ## tests in a host with KVM and device-mapper, under emulation: make lab PKG="./netns ./host" LABFLAGS="-v -run X"
-	@$(AS_USER) build/lab test $(if $(filter no,$(SWEEPS)),-skip '$(LAB_SKIP)') $(LABFLAGS) $(PKG)
+	@$(AS_USER) build/lab test $(LABFLAGS) $(PKG)
 
 lab-shell: lab-ready ## a root shell in such a host
 	@$(AS_USER) build/lab shell $(LABFLAGS)
@@ -132,8 +135,11 @@ lab-ready: check-assets
 	@$(GO) build -trimpath -buildvcs=false -ldflags '-s -w -buildid=' -o build/lab-init ./lab/init
 	@$(SUDO) build/lab prepare -init build/lab-init
 
-check-lab:
-	@REQUIRE=$(REQUIRE_TOOLS) $(STAGE) --show "in the lab: KVM, dm, root" -- $(MAKE) lab SWEEPS=no
+check-lab: lab-ready
+	@REQUIRE=$(REQUIRE_TOOLS) $(STAGE) --show "in two labs: KVM, dm, root" -- $(MAKE) -j2 -Oline lab-house lab-vms
+
+lab-house lab-vms: lab-%:
+	@$(AS_USER) build/lab test -skip '$(LAB_SKIP)' -out build/lab-results-$* $(LABFLAGS) $(if $(filter house,$*),$(LAB_HOUSE),$(LAB_VMS))
 
 # Twenty sandboxes at once need more memory than most labs.
 check-lab-all:

@@ -95,8 +95,12 @@ func newKeeper(t *testing.T) *keeper {
 	}
 	t.Cleanup(func() { _ = k.store.Close() }) // a temporary one
 	t.Setenv(storeOfChild, k.dir)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
 	cfg := pager.Config{
-		Dir: filepath.Join(t.TempDir(), "p"), Command: []string{os.Args[0], "-test.run=^TestPagerInAChild$"},
+		Dir: filepath.Join(t.TempDir(), "p"), Command: []string{self, "-test.run=^TestPagerInAChild$"},
 		Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
 	}
 	if k.pager, err = pager.Open(t.Context(), cfg); err != nil {

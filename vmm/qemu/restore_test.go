@@ -92,6 +92,9 @@ func onward(t *testing.T, m vmm.Machine) {
 // at every block, notices nothing; nor when it is saved and restored on the new
 // overlay, with a network, and when an agent that did not start it switches.
 func TestTheDiskIsSwitchedWhileTheGuestStandsStill(t *testing.T) {
+	if testkit.Accelerator() != "tcg" {
+		testkit.Long(t, "half a minute where KVM is emulated")
+	}
 	testkit.Root(t)
 	testkit.Tool(t, "ip")
 	testkit.Tool(t, "qemu-img")
