@@ -128,7 +128,7 @@ func TestImportSharesBlocks(t *testing.T) {
 		}
 	}
 	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
+		if err := testkit.Unmount(dir); err != nil {
 			t.Error(err)
 		}
 	})

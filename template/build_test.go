@@ -266,7 +266,7 @@ func TestFullDiskIsNoSpace(t *testing.T) {
 				testkit.Require(t, "mount", false, err.Error())
 			}
 			t.Cleanup(func() {
-				if err := unix.Unmount(cfg.Cache, 0); err != nil {
+				if err := testkit.Unmount(cfg.Cache); err != nil {
 					t.Errorf("unmount: %v", err)
 				}
 			})

@@ -460,7 +460,7 @@ func TestFullHost(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() {
-		if err := unix.Unmount(config.Dir, 0); err != nil {
+		if err := testkit.Unmount(config.Dir); err != nil {
 			t.Error(err)
 		}
 	}()
@@ -503,7 +503,7 @@ func TestCreateOnAFullHost(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer func() {
-			if err := unix.Unmount(config.Dir, 0); err != nil {
+			if err := testkit.Unmount(config.Dir); err != nil {
 				t.Error(err)
 			}
 		}()

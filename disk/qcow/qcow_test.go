@@ -87,7 +87,7 @@ func TestCreateOnAFullDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() {
-		if err := unix.Unmount(c.Dir, 0); err != nil {
+		if err := testkit.Unmount(c.Dir); err != nil {
 			t.Error(err)
 		}
 	}()

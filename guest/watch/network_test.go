@@ -34,7 +34,7 @@ func mountFUSE(t *testing.T, target string) {
 	served := make(chan struct{})
 	go func() { serveFUSE(fd); close(served) }()
 	t.Cleanup(func() {
-		if err := unix.Unmount(target, 0); err != nil {
+		if err := testkit.Unmount(target); err != nil {
 			t.Error(err)
 		}
 		<-served // unmounting ends it
@@ -110,7 +110,7 @@ func TestWhatTheKernelMakesUp(t *testing.T) {
 	must(t, os.Mkdir(dir+"/proc", 0o555))
 	err := unix.Mount("proc", dir+"/proc", "proc", 0, "")
 	testkit.Require(t, "mount", err == nil, fmt.Sprint("mount: ", err))
-	defer func() { must(t, unix.Unmount(dir+"/proc", 0)) }()
+	defer func() { must(t, testkit.Unmount(dir+"/proc")) }()
 	w := open(t, watch.Config{Dir: dir, Recursive: true})
 	must(t, write(dir+"/f", ""))
 	if got := collect(t, w, dir); len(got) != 1 || got[0] != "create f" {

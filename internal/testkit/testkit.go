@@ -3,6 +3,7 @@
 package testkit
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"runtime"
@@ -12,6 +13,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Require skips the test when a precondition does not hold. With REQUIRE=name
@@ -101,6 +104,17 @@ func Poll(limit time.Duration, cond func() bool) bool {
 		}
 		time.Sleep(pause)
 	}
+}
+
+// Unmount unmounts what a test has mounted. Whoever walks through the machine just
+// then (df, find) makes it busy for a moment; what stays busy is an error.
+func Unmount(dir string) error {
+	var err error
+	Poll(10*time.Second, func() bool {
+		err = unix.Unmount(dir, 0)
+		return !errors.Is(err, unix.EBUSY)
+	})
+	return err
 }
 
 // OpenFDs counts this process's file descriptors.
