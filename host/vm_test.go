@@ -32,13 +32,83 @@ import (
 var testInstance = fmt.Sprintf("h%04x", os.Getpid()&0xffff)
 
 // realHost opens an agent on the real mechanisms, under software emulation.
-func realHost(t *testing.T) *host.Agent {
+func realHost(t *testing.T, change ...func(*host.Config)) *host.Agent {
 	t.Helper()
-	agent, _ := realHostAndTemplates(t)
+	agent, _ := realHostAndTemplates(t, change...)
 	return agent
 }
 
-func realHostAndTemplates(t *testing.T) (*host.Agent, *template.Store) {
+// realSandboxes are sandboxes of an agent on the real mechanisms.
+type realSandboxes struct {
+	t     *testing.T
+	agent *host.Agent
+}
+
+func (r realSandboxes) create(template string, memMiB int) sandbox.ID {
+	r.t.Helper()
+	id := sandbox.NewID()
+	status, err := r.agent.Create(r.t.Context(), host.CreateRequest{
+		ID: id, Deadline: time.Now().Add(time.Hour),
+		Spec: sandbox.Spec{Template: template, VCPUs: 1, MemMiB: memMiB, DiskMiB: 4096},
+	})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Logf("created (%s): %v", status.Start, status.Phases)
+	return id
+}
+
+// run returns all that a shell line prints.
+func (r realSandboxes) run(id sandbox.ID, shell string) string {
+	r.t.Helper()
+	res, err := r.agent.Exec(r.t.Context(), string(id), host.Command{Cmd: "/bin/sh", Args: []string{"-c", shell}}, nil, 8<<20)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return strings.TrimSpace(string(res.Stdout) + string(res.Stderr))
+}
+
+func (r realSandboxes) pause(id sandbox.ID) host.Saved {
+	r.t.Helper()
+	saved, err := r.agent.Pause(r.t.Context(), string(id))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Logf("paused: %v; memory %+v, disk %+v, %d bytes", saved.Phases, saved.Memory, saved.Disk, saved.Written)
+	return saved
+}
+
+func (r realSandboxes) resume(id sandbox.ID) {
+	r.t.Helper()
+	_, phases, err := r.agent.Resume(r.t.Context(), host.ResumeRequest{ID: id, Deadline: time.Now().Add(time.Hour)})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Logf("resumed: %v", phases)
+}
+
+func (r realSandboxes) fork(id sandbox.ID, n int) []sandbox.ID {
+	r.t.Helper()
+	var reqs []host.CreateRequest
+	var ids []sandbox.ID
+	for range n {
+		ids = append(ids, sandbox.NewID())
+		reqs = append(reqs, host.CreateRequest{ID: ids[len(ids)-1], Deadline: time.Now().Add(time.Hour)})
+	}
+	copies, saved, err := r.agent.Fork(r.t.Context(), string(id), reqs)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for _, c := range copies {
+		if c.Err != nil {
+			r.t.Fatal(c.Err)
+		}
+	}
+	r.t.Logf("forked into %d: %v, stopped %v", n, saved.Phases, saved.Stopped)
+	return ids
+}
+
+func realHostAndTemplates(t *testing.T, change ...func(*host.Config)) (*host.Agent, *template.Store) {
 	t.Helper()
 	testkit.Root(t)
 	testkit.Tool(t, "qemu-system-x86_64")
@@ -81,12 +151,16 @@ func realHostAndTemplates(t *testing.T) (*host.Agent, *template.Store) {
 		t.Fatal(err)
 	}
 	store, pages := realSnapshots(t, dir, runDir, log)
-	agent, err := host.Open(t.Context(), host.Config{
+	cfg := host.Config{
 		Snapshots: store, Warm: true, Images: &host.StoreImages{Store: store, Pages: pages, Dir: dir},
 		Dir: filepath.Join(dir, "host"), RunDir: runDir, Instance: testInstance,
 		VMM: vmm, Disks: []disk.Driver{disks}, Networks: host.Slots{Network: networks}, Templates: templates,
 		Kernel: assets.Kernel.Image, Initrd: assets.Initrd, UIDBase: testUIDs, Log: log,
-	})
+	}
+	for _, c := range change {
+		c(&cfg)
+	}
+	agent, err := host.Open(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -217,84 +291,59 @@ func TestRealVM(t *testing.T) {
 // TestRealPause takes a real VM through pauses, a snapshot and a fork: processes
 // and files go on where they were.
 func TestRealPause(t *testing.T) {
-	agent := realHost(t)
-	ctx := t.Context()
-	create := func(template string) sandbox.ID {
-		t.Helper()
-		id := sandbox.NewID()
-		status, err := agent.Create(ctx, host.CreateRequest{
-			ID: id, Deadline: time.Now().Add(10 * time.Minute),
-			Spec: sandbox.Spec{Template: template, VCPUs: 1, MemMiB: 512, DiskMiB: 4096},
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Logf("created (%s): %v", status.Start, status.Phases)
-		return id
-	}
-	run := func(id sandbox.ID, shell string) string {
-		t.Helper()
-		res, err := agent.Exec(ctx, string(id), host.Command{Cmd: "/bin/sh", Args: []string{"-c", shell}}, nil, 1<<20)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return strings.TrimSpace(string(res.Stdout) + string(res.Stderr))
-	}
-	id := create("base")
-	run(id, "head -c 3000000 /dev/urandom > big; sha256sum big > sum; mkdir -p /tmp/x; echo 1 > /tmp/x/generation")
-	run(id, "nohup sh -c 'i=0; while sleep 0.1; do i=$((i+1)); echo $i > /tmp/count; done' > /dev/null 2>&1 & echo $! > /tmp/pid")
+	r := realSandboxes{t, realHost(t)}
+	ctx, agent := t.Context(), r.agent
+	id := r.create("base", 512)
+	r.run(id, "head -c 3000000 /dev/urandom > big; sha256sum big > sum; mkdir -p /tmp/x; echo 1 > /tmp/x/generation")
+	r.run(id, "nohup sh -c 'i=0; while sleep 0.1; do i=$((i+1)); echo $i > /tmp/count; done' > /dev/null 2>&1 & echo $! > /tmp/pid")
 	for generation := range 3 {
-		saved, err := agent.Pause(ctx, string(id))
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Logf("paused: %v; memory %+v, disk %+v, %d bytes", saved.Phases, saved.Memory, saved.Disk, saved.Written)
-		_, phases, err := agent.Resume(ctx, host.ResumeRequest{ID: id, Deadline: time.Now().Add(10 * time.Minute)})
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Logf("resumed: %v", phases)
-		if got := run(id, "sha256sum -c sum"); got != "big: OK" {
+		r.pause(id)
+		r.resume(id)
+		if got := r.run(id, "sha256sum -c sum"); got != "big: OK" {
 			t.Errorf("generation %d: %q", generation, got)
 		}
-		before := run(id, "cat /tmp/count")
-		testkit.Eventually(t, time.Minute, "the process runs on", func() bool { return run(id, "cat /tmp/count") != before })
-		run(id, "head -c 1000000 /dev/urandom >> big; sha256sum big > sum; sync")
+		before := r.run(id, "cat /tmp/count")
+		testkit.Eventually(t, time.Minute, "the process runs on", func() bool { return r.run(id, "cat /tmp/count") != before })
+		r.run(id, "head -c 1000000 /dev/urandom >> big; sha256sum big > sum; sync")
 	}
 	info, saved, err := agent.Snapshot(ctx, string(id), "kept", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("snapshot: %v, stopped %v; %+v", saved.Phases, saved.Stopped, info)
-	run(id, "echo 2 > /tmp/x/generation; rm big; sync")
-	for _, other := range []sandbox.ID{create("kept"), create("base")} {
-		t.Logf("hostname %s", run(other, "hostname; date -u; cat /tmp/x/generation"))
+	r.run(id, "echo 2 > /tmp/x/generation; rm big; sync")
+	if got := r.run(r.create("kept", 512), "cat /tmp/x/generation; sha256sum -c sum"); got != "1\nbig: OK" {
+		t.Errorf("what is made of the snapshot says %q", got)
 	}
-	copy := sandbox.NewID()
-	copies, saved, err := agent.Fork(ctx, string(id), []host.CreateRequest{{ID: copy, Deadline: time.Now().Add(10 * time.Minute)}})
-	if err != nil || copies[0].Err != nil {
-		t.Fatal(err, copies)
+	if got := r.run(r.create("base", 512), "ls -A /tmp"); strings.Contains(got, "x") {
+		t.Errorf("another one has %q", got)
 	}
-	t.Logf("fork: %v", saved.Phases)
-	if got := run(copy, "hostname; cat /tmp/x/generation; ls big"); !strings.HasPrefix(got, string(copy)+"\n2\n") {
+	copied := r.fork(id, 1)[0]
+	if got := r.run(copied, "hostname; cat /tmp/x/generation; ls big"); !strings.HasPrefix(got, string(copied)+"\n2\n") {
 		t.Errorf("the copy says %q", got)
 	}
-	if console, _, err := agent.Console(string(copy), 0, 0); err != nil || !strings.Contains(string(console), "dormouse-guest") {
+	if console, _, err := agent.Console(string(copied), 0, 0); err != nil || !strings.Contains(string(console), "dormouse-guest") {
 		t.Errorf("the copy's console: %q, %v", console, err)
 	}
-	// QEMU 7.2 does not survive that in a restored guest whose network card has
-	// the feature guest_announce.
-	_, _ = agent.Exec(ctx, string(copy), host.Command{Cmd: "/bin/sh", Args: []string{"-c", "sudo python3 -c 'import ctypes; ctypes.CDLL(None).reboot(0x4321fedc)'"}}, nil, 1<<20)
+	r.powersOff(copied)
+}
+
+// powersOff lets a guest switch itself off. QEMU 7.2 does not survive that in a
+// restored guest whose network card has the feature guest_announce.
+func (r realSandboxes) powersOff(id sandbox.ID) {
+	r.t.Helper()
+	_, _ = r.agent.Exec(r.t.Context(), string(id), // which ends with the guest
+		host.Command{Cmd: "/bin/sh", Args: []string{"-c", "sudo python3 -c 'import ctypes; ctypes.CDLL(None).reboot(0x4321fedc)'"}}, nil, 1<<20)
 	var end host.Status
-	testkit.Eventually(t, time.Minute, "the copy has powered itself off", func() bool {
-		all := agent.List()
-		i := slices.IndexFunc(all, func(s host.Status) bool { return s.ID == copy && s.Cause != "" })
+	testkit.Eventually(r.t, time.Minute, "it has powered itself off", func() bool {
+		all := r.agent.List()
+		i := slices.IndexFunc(all, func(s host.Status) bool { return s.ID == id && s.Cause != "" })
 		if i >= 0 {
 			end = all[i]
 		}
 		return i >= 0
 	})
 	if end.Cause != sandbox.CauseGuestExit {
-		t.Errorf("it ended by %s: %s", end.Cause, end.Detail)
+		r.t.Errorf("it ended by %s: %s", end.Cause, end.Detail)
 	}
 }
