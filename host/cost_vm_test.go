@@ -68,12 +68,13 @@ func TestAPauseCostsWhatTheGuestHasChanged(t *testing.T) {
 }
 
 // TestAResumeReadsWhatItTouches: of what was in use, a resume that runs a small
-// command reads little.
+// command reads little. It is more than it touches: QEMU asks for huge pages, and
+// the kernel reads 2 MiB and more around each page that is wanted.
 func TestAResumeReadsWhatItTouches(t *testing.T) {
 	testkit.Long(t, "it fills memory")
 	r := realSandboxes{t, realHost(t)}
 	id := r.create("base", 1024)
-	r.holds(id, 400)
+	r.holds(id, 600)
 	saved := r.pause(id)
 	r.resume(id)
 	r.run(id, "true")
@@ -85,7 +86,7 @@ func TestAResumeReadsWhatItTouches(t *testing.T) {
 	}
 	read, used := int64(in.Cache)*4096, saved.Point.MemoryBytes
 	t.Logf("of %d MiB in use %d MiB were read (%d %%)", used/mib, read/mib, read*100/used)
-	if used < 400*mib || read == 0 || read > used/5 {
+	if used < 600*mib || read == 0 || read > used/5 {
 		t.Errorf("%d bytes were read of %d in use, want some, and less than a fifth", read, used)
 	}
 }
