@@ -265,9 +265,19 @@ func (f *fakeServer) timeout(w http.ResponseWriter, r *http.Request, b *api.Sand
 	writeJSON(w, b)
 }
 
+// runs sets what a command does, for clients that are processes of their own.
+func (f *fakeServer) runs(run func(context.Context, *fakeProcess) (int, string)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.run = run
+}
+
 func (f *fakeServer) play(ctx context.Context, p *fakeProcess) (int, string) {
-	if f.run != nil {
-		return f.run(ctx, p)
+	f.mu.Lock()
+	run := f.run
+	f.mu.Unlock()
+	if run != nil {
+		return run(ctx, p)
 	}
 	_, _ = io.WriteString(p.stdout, strings.Join(p.exec.Command, " ")+"\n") // a client that left sees nothing
 	return 0, "exit status 0"

@@ -58,11 +58,11 @@ func TestSignalsDestroyTheSandboxOfARun(t *testing.T) {
 		t.Run(signal.String(), func(t *testing.T) {
 			f := newFake(t)
 			started := make(chan struct{})
-			f.run = func(ctx context.Context, _ *fakeProcess) (int, string) {
+			f.runs(func(ctx context.Context, _ *fakeProcess) (int, string) {
 				close(started)
 				<-ctx.Done() // the stream ends with its client
 				return -1, "signal: killed"
-			}
+			})
 			cmd := process(t, "run", "base", "--", "sleep", "1000")
 			var errOut strings.Builder
 			cmd.Stderr = &errOut
@@ -84,7 +84,7 @@ func TestSignalsDestroyTheSandboxOfARun(t *testing.T) {
 // A real SIGPIPE would end the process before it destroys its sandbox.
 func TestAClosedPipeDestroysTheSandboxOfARun(t *testing.T) {
 	f := newFake(t)
-	f.run = yes
+	f.runs(yes)
 	cmd := process(t, "run", "base", "--", "yes")
 	var errOut strings.Builder
 	cmd.Stderr = &errOut

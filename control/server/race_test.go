@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/cryptotest"
 	"testing/synctest"
@@ -124,7 +125,7 @@ type racers struct {
 	answered chan reply
 	gates    map[*gate]bool
 	names    map[string]string // of IDs, which are others every time
-	calm     bool              // calls pass by themselves
+	calm     atomic.Bool       // calls pass by themselves
 
 	ops    int
 	under  map[string]bool   // operations under way
@@ -164,7 +165,7 @@ var (
 
 // stand waits at a gate. A call whose caller goes away is answered with that.
 func (w *racers) stand(ctx context.Context, method, id, where string) error {
-	if w.calm {
+	if w.calm.Load() {
 		return nil
 	}
 	g := &gate{method: method, id: id, where: where, open: make(chan error, 1)}
@@ -350,12 +351,12 @@ func (w *racers) release(trouble bool) {
 func (w *racers) run() {
 	w.host.SetHook(w.hook)
 	w.start()
-	w.calm = true
+	w.calm.Store(true)
 	for range 2 {
 		w.do("create")
 		w.gather()
 	}
-	w.calm = false
+	w.calm.Store(false)
 	for range 200 {
 		w.gather()
 		w.step()
@@ -533,7 +534,7 @@ func (w *racers) decode(a reply, into any) {
 
 // settle lets everything come to its end.
 func (w *racers) settle() {
-	w.calm = true
+	w.calm.Store(true)
 	for range 100 {
 		w.gather()
 		for len(w.gates) > 0 {
