@@ -47,6 +47,7 @@ type box struct {
 	frozen  sandbox.Freeze // why it stands still
 	overlay int64          // bytes of its disk when free space was little last
 	again   time.Time      // when a VM that did not freeze or thaw is asked again
+	mute    int            // how often in a row a guest with a damaged memory has not answered
 }
 
 func newBox(e entry) *box {

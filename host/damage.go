@@ -2,10 +2,12 @@ package host
 
 import (
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/dormouse-sandbox/dormouse/disk"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/snapshot"
 )
 
 // damageTick is how soon an operator reads of damage that a guest came across.
@@ -55,4 +57,62 @@ func (a *Agent) diskLost(x disk.Broken) {
 			a.log.Error("sandbox not removed yet", "sandbox", b.id, "err", err)
 		}
 	})
+}
+
+// muteLimit is how often in a row a guest whose memory is damaged may not answer.
+const muteLimit = 2
+
+// checkMemories asks the guests that go on from a memory of which a page could not
+// be read. Under KVM one that wants such a page stands still, and its VMM does not
+// learn of it.
+func (a *Agent) checkMemories(time.Time) *sync.WaitGroup {
+	asked := new(sync.WaitGroup)
+	if a.cfg.Images == nil {
+		return asked
+	}
+	damaged := map[snapshot.Digest]bool{}
+	for _, b := range a.all() {
+		e := b.now()
+		if e.State != stateRunning || e.Began == nil || b.isFrozen() || b.alive.Err() != nil {
+			continue
+		}
+		memory := e.Began.Memory
+		if _, known := damaged[memory]; !known {
+			damaged[memory] = a.cfg.Images.Damaged(memory)
+		}
+		if damaged[memory] {
+			asked.Go(func() { a.doubt(b) })
+		}
+	}
+	return asked
+}
+
+// doubt asks one guest, and ends its sandbox when it did not answer before either.
+func (a *Agent) doubt(b *box) {
+	b.mu.Lock()
+	g := b.guest
+	b.mu.Unlock()
+	if g == nil {
+		return // it is being taken over
+	}
+	err := g.ping(a.ctx)
+	if !b.op.TryLock() { // a pause or a snapshot lets it stand still just now
+		return
+	}
+	b.op.Unlock()
+	b.mu.Lock()
+	if b.mute++; err == nil {
+		b.mute = 0
+	}
+	mute := b.mute
+	b.mu.Unlock()
+	e := b.now()
+	if mute < muteLimit || a.ctx.Err() != nil || e.State != stateRunning || b.isFrozen() || b.alive.Err() != nil {
+		return
+	}
+	const why = "a page of the guest's saved memory could not be read, and it does not answer"
+	a.log.Error("sandbox has lost a part of its memory", "sandbox", b.id, "memory", e.Began.Memory)
+	if err := a.end(a.ctx, b, sandbox.CausePagerFault, why); err != nil {
+		a.log.Error("sandbox not removed yet", "sandbox", b.id, "err", err)
+	}
 }

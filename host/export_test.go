@@ -109,3 +109,6 @@ func (a *Agent) IdentifyGuest(ctx context.Context, id string, before sandbox.ID,
 	}
 	return b.guest.identify(ctx, a.key, before, a.cfg.Now, init)
 }
+
+// CheckMemories looks for damaged memories now, and waits for what comes of it.
+func (a *Agent) CheckMemories() { a.checkMemories(a.cfg.Now()).Wait() }

@@ -26,7 +26,7 @@ func (a *Agent) keepHouse() {
 	for _, job := range []struct {
 		every time.Duration
 		do    func(now time.Time)
-	}{{houseTick, a.fireDeadlines}, {a.cfg.RetryEvery, a.retry}, {consoleSweepIn, a.sweepConsoles}, {spaceTick, a.watchSpace}, {damageTick, a.checkDisks}, {collectTick, a.collect}, {idleTick, a.pauseIdle}, {flattenTick, a.flattenLong}} {
+	}{{houseTick, a.fireDeadlines}, {a.cfg.RetryEvery, a.retry}, {consoleSweepIn, a.sweepConsoles}, {spaceTick, a.watchSpace}, {damageTick, a.checkDisks}, {damageTick, func(now time.Time) { a.checkMemories(now).Wait() }}, {collectTick, a.collect}, {idleTick, a.pauseIdle}, {flattenTick, a.flattenLong}} {
 		a.wg.Go(func() { a.repeat(job.every, job.do) })
 	}
 }

@@ -17,6 +17,7 @@ import (
 type Pages interface {
 	Path(name string) string
 	File(name string) (*os.File, error)
+	Damaged(name string) bool
 }
 
 // StoreImages is Images of a store that a page server serves. The dm driver gets
@@ -101,3 +102,6 @@ func (s *StoreImages) Disk(ctx context.Context, driver string, d snapshot.Digest
 
 // Memory opens the file that a VM maps as its memory.
 func (s *StoreImages) Memory(d snapshot.Digest) (*os.File, error) { return s.Pages.File(d.String()) }
+
+// Damaged says whether something of a memory could not be read.
+func (s *StoreImages) Damaged(d snapshot.Digest) bool { return s.Pages.Damaged(d.String()) }

@@ -128,6 +128,36 @@ func TestTheConsoleGoesOn(t *testing.T) {
 	}
 }
 
+// TestAGuestThatWantsADamagedPageIsEnded when it does not answer, and only then.
+func TestAGuestThatWantsADamagedPageIsEnded(t *testing.T) {
+	r := newSnapshotRig(t)
+	r.open()
+	booted, restored := r.mustCreate(), r.mustCreate()
+	look := func(damaged, answers bool, times int) {
+		r.images.damaged.Store(damaged)
+		r.sick.Store(!answers)
+		for range times {
+			r.agent.CheckMemories()
+		}
+	}
+	look(false, false, 3)
+	look(true, true, 3)
+	look(true, false, 1)
+	look(true, true, 1) // it was slow, once
+	look(true, false, 1)
+	if got := r.status(restored); got.State != "running" {
+		t.Fatalf("it is %s: %s", got.State, got.Detail)
+	}
+	look(true, false, 1)
+	testkit.Eventually(t, 5*time.Second, "ended", func() bool { return r.status(restored).State == "ended" })
+	if got := r.status(restored); got.Cause != sandbox.CausePagerFault {
+		t.Errorf("it ended by %s: %s", got.Cause, got.Detail)
+	}
+	if got := r.status(booted); got.State != "running" {
+		t.Errorf("one that booted is %s: %s", got.State, got.Detail)
+	}
+}
+
 // TestPauseFailsAt fails every step of a pause in turn. The sandbox runs on, or it
 // is paused; what it knows is right either way, also after one pause more.
 func TestPauseFailsAt(t *testing.T) {

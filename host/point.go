@@ -25,6 +25,8 @@ type Images interface {
 	Sweep(keep []template.Template) error
 	// Memory opens the file that a VM maps as its memory.
 	Memory(d snapshot.Digest) (*os.File, error)
+	// Damaged says whether a page of a memory could not be read.
+	Damaged(d snapshot.Digest) bool
 }
 
 // point is a VM at one moment: all that is needed to go on from there, any number

@@ -55,6 +55,7 @@ type rig struct {
 	standing map[sandbox.ID]bool
 	origins  map[sandbox.ID]string // who they were before they were told
 	ports    map[int]string        // where the ports of guests lead; others are closed
+	sick     atomic.Bool           // guests are not well
 }
 
 func newRig(t *testing.T) *rig {
@@ -176,7 +177,13 @@ func (r *rig) guest(ctx context.Context, m vmmfake.Inside) error {
 		return nil
 	}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) {
+		if r.sick.Load() {
+			w.WriteHeader(http.StatusServiceUnavailable)
+			return
+		}
+		w.WriteHeader(http.StatusNoContent)
+	})
 	mux.HandleFunc("POST /init", func(w http.ResponseWriter, req *http.Request) {
 		if !r.told(m, w, req) {
 			return

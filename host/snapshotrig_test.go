@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
@@ -41,7 +42,7 @@ func newSnapshotRig(t *testing.T) *snapshotRig {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = r.store.Close() })
-		r.images = &images{r.store, t.TempDir()}
+		r.images = &images{store: r.store, dir: t.TempDir()}
 		c.Snapshots, c.Images, c.Warm = r.store, r.images, true
 	}
 	return r
@@ -49,8 +50,9 @@ func newSnapshotRig(t *testing.T) *snapshotRig {
 
 // images writes whole files of what is composed elsewhere.
 type images struct {
-	store *snapshot.Store
-	dir   string
+	store   *snapshot.Store
+	dir     string
+	damaged atomic.Bool
 }
 
 // Base takes a template's image into the store.
@@ -81,6 +83,9 @@ func (i *images) Disk(_ context.Context, _ string, d snapshot.Digest) (base, lay
 
 // Sweep has nothing to do: what the tests take in has no name.
 func (i *images) Sweep([]template.Template) error { return nil }
+
+// Damaged says what the test has said.
+func (i *images) Damaged(snapshot.Digest) bool { return i.damaged.Load() }
 
 // Memory writes a memory out.
 func (i *images) Memory(d snapshot.Digest) (*os.File, error) { return i.write(d) }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"strings"
 	"sync"
 )
 
@@ -37,7 +38,13 @@ type Files struct {
 	// names are those that the source had when a node was asked for that nobody
 	// had looked up: by a kernel that another server had told its node ID.
 	names map[uint64]string
+	// damaged are the names of images of which something could not be read.
+	damaged map[string]bool
 }
+
+// damagedPrefix begins the name of an empty file that is there when something of the
+// image behind the prefix could not be read.
+const damagedPrefix = "damaged."
 
 // file is one that is open, or being opened.
 type file struct {
@@ -50,7 +57,7 @@ type file struct {
 
 // NewFiles serves a source. Failures go to the log, one line each.
 func NewFiles(source Source, log *slog.Logger) *Files {
-	return &Files{source: source, log: log, open: map[uint64]*file{}, names: map[uint64]string{}}
+	return &Files{source: source, log: log, open: map[uint64]*file{}, names: map[uint64]string{}, damaged: map[string]bool{}}
 }
 
 // nodeOf is the node ID of a name: for every server the same.
@@ -63,6 +70,13 @@ func nodeOf(name string) uint64 {
 func (f *Files) Resolve(name string) (node uint64, size int64, err error) {
 	node = nodeOf(name)
 	f.mu.Lock()
+	if image, ok := strings.CutPrefix(name, damagedPrefix); ok {
+		defer f.mu.Unlock()
+		if f.damaged[image] {
+			return node, 0, nil
+		}
+		return node, 0, fs.ErrNotExist
+	}
 	if other, taken := f.names[node]; taken && other != name {
 		f.mu.Unlock()
 		return node, 0, fmt.Errorf("%s has the node ID of %s", name, other)
@@ -108,6 +122,9 @@ func (f *Files) Forget(node uint64) {
 func (f *Files) Failed(node uint64, off int64, size int, err error) {
 	f.mu.Lock()
 	name := f.names[node]
+	if size > 0 && name != "" {
+		f.damaged[name] = true
+	}
 	f.mu.Unlock()
 	f.log.Error("not served", "image", name, "offset", off, "bytes", size, "err", err)
 }

@@ -123,6 +123,13 @@ func (p *Pager) File(name string) (*os.File, error) {
 	return os.OpenFile(p.Path(name), os.O_RDWR, 0)
 }
 
+// Damaged says whether something of an image could not be read since the server
+// that runs was started.
+func (p *Pager) Damaged(name string) bool {
+	_, err := os.Lstat(p.Path(damagedPrefix + name))
+	return err == nil
+}
+
 // adopt takes over the server that an earlier process started.
 func (p *Pager) adopt() (err error) {
 	data, err := osfs.ReadFileLimit(p.statePath(), maxState)

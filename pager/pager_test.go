@@ -29,7 +29,18 @@ type image struct {
 	all *source
 }
 
+// bad is the image that cannot be read from its second page on.
+const bad = 199
+
 func (i image) Bytes() int64 { return i.Size() }
+
+func (i image) ReadAt(p []byte, off int64) (int, error) {
+	if i.Size() == bad*10_000 && off+int64(len(p)) > 4096 {
+		return 0, errors.New("a bit has flipped")
+	}
+	return i.Reader.ReadAt(p, off)
+}
+
 func (i image) Close() error { i.all.closed.Add(1); return nil }
 
 func (s *source) Open(name string) (pager.Image, error) {
@@ -197,6 +208,28 @@ func TestBothAreGone(t *testing.T) {
 	right(t, p, 5)
 	if err := p.Stop(t.Context()); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestDamageIsTold(t *testing.T) {
+	cfg := config(t)
+	p := open(t, cfg)
+	defer func() { _ = p.Close() }() // the server is swept
+	name := strconv.Itoa(bad)
+	f, err := p.File(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }() // read only
+	right(t, p, 7)
+	if p.Damaged(name) || p.Damaged("7") || p.Damaged("none") {
+		t.Error("damage is told before it was met")
+	}
+	if _, err := f.ReadAt(make([]byte, 4096), 1<<20); !errors.Is(err, unix.EIO) {
+		t.Errorf("reading what cannot be read: %v", err)
+	}
+	if !p.Damaged(name) || p.Damaged("7") {
+		t.Errorf("damage is told of the one: %v, of another: %v", p.Damaged(name), p.Damaged("7"))
 	}
 }
 
