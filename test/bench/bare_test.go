@@ -2,9 +2,11 @@ package bench_test
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -28,14 +30,19 @@ import (
 // a disk and a TAP of its own. No supervision, no journal, no confinement by
 // another user or namespace; the kernel, the initramfs, the image and every
 // flag that the guest notices are the same.
+//
+// One that goes on from a warm snapshot has the same memory, from the same page
+// server, and the same state of its devices.
 type bareVM struct {
-	argv []string
-	disk disk.Config
-	slot *netns.Slot
+	argv  []string
+	state string // the file that the state of the devices is in; empty: it boots
+	disk  disk.Config
+	slot  *netns.Slot
 }
 
-// newBareVM reads the command line of the only VM that runs.
-func newBareVM(b *testing.B, s *rig.Server) *bareVM {
+// newBareVM reads the command line of the only VM that runs. network is there for
+// all of a benchmark's bare VMs, of which one runs at a time.
+func newBareVM(b *testing.B, s *rig.Server, slot *netns.Slot) *bareVM {
 	b.Helper()
 	pids := s.VMs()
 	if len(pids) != 1 {
@@ -45,7 +52,7 @@ func newBareVM(b *testing.B, s *rig.Server) *bareVM {
 	if err != nil {
 		b.Fatal(err)
 	}
-	vm := &bareVM{}
+	vm := &bareVM{slot: slot}
 	argv := strings.Split(strings.TrimSuffix(string(line), "\x00"), "\x00")
 	for i := 0; i < len(argv); i++ {
 		switch option := argv[i]; {
@@ -59,6 +66,15 @@ func newBareVM(b *testing.B, s *rig.Server) *bareVM {
 		case option == "-kernel", option == "-initrd":
 			i++
 			vm.argv = append(vm.argv, option, opened(b, pids[0], argv[i]))
+		case option == "-incoming":
+			i++
+			vm.state = deviceState(b, filepath.Join(s.Data, "snapshots"))
+			vm.argv = append(vm.argv, option, "fd:4")
+		case option == "-S": // it runs as soon as it can
+		case option == "-object" && strings.Contains(argv[i+1], "mem-path="):
+			i++
+			object, path, _ := strings.Cut(argv[i], "mem-path=")
+			vm.argv = append(vm.argv, option, object+"mem-path="+opened(b, pids[0], path))
 		case option == "-netdev":
 			i++
 			vm.argv = append(vm.argv, option, "tap,id=net0,fd=3,vhost=off")
@@ -68,6 +84,38 @@ func newBareVM(b *testing.B, s *rig.Server) *bareVM {
 	}
 	vm.prepare(b, argv)
 	return vm
+}
+
+// deviceState unwraps what a warm snapshot keeps of a VM's devices. There is one.
+func deviceState(b *testing.B, store string) string {
+	b.Helper()
+	const magic = "dormouse: state of a qemu "
+	objects, err := filepath.Glob(filepath.Join(store, "objects", "*"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	for _, path := range objects {
+		data, err := os.ReadFile(path)
+		if err != nil || !bytes.HasPrefix(data, []byte(magic)) {
+			continue // a console, or gone again
+		}
+		parts := bytes.SplitN(data, []byte("\n"), 3) // the magic, the shape, QEMU's own in gzip
+		stream, err := gzip.NewReader(bytes.NewReader(parts[2]))
+		if err != nil {
+			b.Fatal(err)
+		}
+		state, err := io.ReadAll(stream)
+		if err != nil {
+			b.Fatal(err)
+		}
+		file := filepath.Join(b.TempDir(), "devices")
+		if err := os.WriteFile(file, state, 0o600); err != nil {
+			b.Fatal(err)
+		}
+		return file
+	}
+	b.Fatalf("no state of devices in %s", store)
+	return ""
 }
 
 // opened is the file behind a descriptor of a process.
@@ -80,7 +128,7 @@ func opened(b *testing.B, pid int, path string) string {
 	return name
 }
 
-// prepare makes the TAP and finds what the disk is made from.
+// prepare finds what the disk is made from.
 func (vm *bareVM) prepare(b *testing.B, argv []string) {
 	b.Helper()
 	var node struct {
@@ -102,7 +150,11 @@ func (vm *bareVM) prepare(b *testing.B, argv []string) {
 		b.Fatalf("%s: %v", out, err)
 	}
 	vm.disk = disk.Config{Base: info.Base, SizeBytes: info.Size}
+}
 
+// newSlot makes the TAP of bare VMs.
+func newSlot(b *testing.B) *netns.Slot {
+	b.Helper()
 	ctx := context.Background()
 	cfg := netns.Config{Instance: "bench"}
 	network, err := netns.Open(ctx, cfg)
@@ -117,19 +169,21 @@ func (vm *bareVM) prepare(b *testing.B, argv []string) {
 			b.Error(err)
 		}
 	})
-	if vm.slot, err = network.Acquire(ctx); err != nil {
+	slot, err := network.Acquire(ctx)
+	if err != nil {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() {
-		if err := vm.slot.Close(ctx); err != nil {
+		if err := slot.Close(ctx); err != nil {
 			b.Error(err)
 		}
 	})
+	return slot
 }
 
-// boot starts the VM on a fresh disk, and times the first byte on its console
-// and the guest agent's first answer, in milliseconds.
-func (vm *bareVM) boot(b *testing.B) (console, agent float64) {
+// run starts the VM on a fresh disk, and times the first byte on its console, if it
+// boots, and the guest agent's first answer, in milliseconds.
+func (vm *bareVM) run(b *testing.B) (console, agent float64) {
 	b.Helper()
 	disks, err := qcow.New(qcow.Config{})
 	if err != nil {
@@ -161,6 +215,14 @@ func (vm *bareVM) boot(b *testing.B) (console, agent float64) {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, vm.argv[0], withDisk(vm.argv[1:], string(node))...)
 	cmd.ExtraFiles = []*os.File{tap}
+	if vm.state != "" {
+		state, err := os.Open(vm.state)
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer func() { _ = state.Close() }() // read only
+		cmd.ExtraFiles = append(cmd.ExtraFiles, state)
+	}
 	first := &firstByte{at: make(chan time.Time, 1)}
 	cmd.Stdout, cmd.Stderr = first, first
 	began := time.Now()
@@ -175,6 +237,9 @@ func (vm *bareVM) boot(b *testing.B) (console, agent float64) {
 		b.Fatalf("bare QEMU: %v; it says:\n%s", err, first.String())
 	}
 	agent = time.Since(began).Seconds() * 1000
+	if vm.state != "" {
+		return 0, agent
+	}
 	select {
 	case at := <-first.at:
 		return at.Sub(began).Seconds() * 1000, agent

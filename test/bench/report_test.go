@@ -42,11 +42,18 @@ func (r *report) begin() {
 	r.sections = []*section{
 		{
 			name: "create", title: "Create to first answer", ratio: "× floor",
-			text: "The floor is a bare QEMU that the benchmark starts itself with the command line of the sandbox's own VM: the same kernel, " +
-				"initramfs, image and devices, on a fresh overlay and a TAP of its own, with nobody supervising it. It takes turns with the " +
-				"sandbox; nothing else runs. The agent's answer is a multiple of the first byte on the console, what goes over the API a multiple of the bare agent's answer.",
+			text: "The floor is a bare QEMU that the benchmark starts itself with the command line of the sandbox's own VM: the same memory, " +
+				"state of the devices, image and flags, on a fresh overlay and a TAP of its own, with nobody supervising it. It takes turns with the " +
+				"sandbox; nothing else runs. What the floor leaves out: a new name, token, clock and random pool for the guest, before anything of a user runs. " +
+				"The first create of a template and a shape boots, and so does its floor.",
 		},
-		{name: "phases", title: "Where a create spends its time", text: "The phases that the API reports for the creates above."},
+		{name: "phases", title: "Where a create spends its time", text: "The phases that the API reports for the creates above but the first."},
+		{
+			name: "pause", title: "Pause and resume", ratio: "× floor",
+			text: "An idle sandbox is paused and resumed again and again. The floor is a bare QEMU as above, that goes on from the warm snapshot the sandbox " +
+				"began with: nearly the same memory, and of one generation only.",
+		},
+		{name: "pause phases", title: "Where a pause spends its time", text: "The phases that the API reports for the pauses above. The guest stands still during freeze, device_state and dirty_scan; it is gone after that."},
 		{
 			name: "exec", title: "Exec round trip", ratio: "× floor",
 			text: "One command after the other, in one sandbox. The floor is a bare HTTP round trip to the guest agent from inside the sandbox's network " +
