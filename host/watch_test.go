@@ -28,7 +28,7 @@ func TestWatch(t *testing.T) {
 	const many = 500
 	ctx, enough := context.WithCancel(t.Context())
 	defer enough()
-	seen := map[string]int{}
+	seen, first := map[string]int{}, make(chan struct{})
 	lost, err := agent.Watch(ctx, host.FileRef{ID: id, Path: home}, true,
 		func() error {
 			if err := os.Mkdir(filepath.Join(home, "sub"), 0o755); err != nil {
@@ -40,7 +40,8 @@ func TestWatch(t *testing.T) {
 						t.Error(err)
 					}
 				}
-				if err := os.Remove(filepath.Join(home, "sub", "0")); err != nil {
+				<-first // what comes and goes before anybody looks is not told
+				if err := errors.Join(os.Remove(filepath.Join(home, "sub", "0")), os.Mkdir(filepath.Join(home, "end"), 0o755)); err != nil {
 					t.Error(err)
 				}
 			}()
@@ -48,7 +49,10 @@ func TestWatch(t *testing.T) {
 		},
 		func(e host.FileEvent) error {
 			seen[e.Type+" "+e.Name]++
-			if e.Type == "remove" {
+			switch e.Type + " " + e.Name {
+			case "create sub/0":
+				close(first)
+			case "create end":
 				enough()
 			}
 			return nil
