@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -140,15 +141,15 @@ func TestFilesAreTrueThroughTwentyPauses(t *testing.T) {
 
 // TestTheClockIsRightAfterADay: what is resumed a day later has the day's time.
 func TestTheClockIsRightAfterADay(t *testing.T) {
-	var later time.Duration
-	now := func() time.Time { return time.Now().Add(later) }
+	var later atomic.Int64
+	now := func() time.Time { return time.Now().Add(time.Duration(later.Load())) }
 	r := realSandboxes{t, realHost(t, func(c *host.Config) { c.Now = now })}
 	id := r.create("base", 512)
 	saved := r.pause(id)
 	if saved.State != "paused" {
 		t.Fatal(saved.State)
 	}
-	later = 24 * time.Hour
+	later.Store(int64(24 * time.Hour))
 	if _, _, err := r.agent.Resume(t.Context(), host.ResumeRequest{ID: id, Deadline: now().Add(time.Hour)}); err != nil {
 		t.Fatal(err)
 	}
