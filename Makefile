@@ -44,7 +44,7 @@ LAB_SKIP := [a-z](FailsAt|KilledAt)$$|(Fails|Fail|Cancelled|AKill)AtEachStep$$|^
 PKG      ?= $(LAB_PKGS)
 LABFLAGS ?=
 
-.PHONY: lab lab-house lab-vms lab-shell lab-ready check-lab check-lab-all help up down demo doctor deps check-deps build release generate fmt check check-all bench \
+.PHONY: lab lab-house lab-vms lab-shell lab-ready check-lab check-lab-all help up down demo doctor deps check-deps build release generate vendor-page fmt check check-all bench \
         check-format check-vet check-lint check-build check-assets check-unit check-root check-e2e
 
 help: ## this list
@@ -77,6 +77,9 @@ build: ## bin/dormouse and bin/dormouse-guest
 
 generate: ## generated code anew, from the .proto files
 	@$(TOOL) buf generate
+
+vendor-page: # fetch what web/test/vendor/VERSIONS lists from npm
+	@$(AS_USER) scripts/vendor-page web/test/vendor
 
 fmt: ## format all Go code
 	@$(TOOL) gofumpt -w $$(git ls-files '*.go' | grep -v /gen/)
@@ -118,7 +121,7 @@ check-all: check ## check, then what takes longer: the race detector, the whole 
 	@if command -v gcc >/dev/null; then \
 	  CGO_ENABLED=1 $(STAGE) --show "unit tests, race detector" -- $(GO) test -race -timeout 20m $(UNIT_PKGS); \
 	else echo "skip race detector: it needs gcc (apt-get install gcc libc6-dev)"; fi
-	@for d in e2e chaos api sdk; do if ls test/$$d/*_test.go >/dev/null 2>&1; then \
+	@for d in e2e chaos api sdk page; do if ls test/$$d/*_test.go >/dev/null 2>&1; then \
 	  DORMOUSE_LONG=1 REQUIRE=root,$(REQUIRE_TOOLS) $(STAGE) --show "$$d" -- $(SYSTEM) -timeout 60m ./test/$$d/...; fi; done
 	@$(MAKE) check-lab-all
 

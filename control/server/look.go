@@ -176,6 +176,11 @@ func docs(w http.ResponseWriter, r *http.Request) error {
 	return web.ServeDocs(w, r.PathValue("file"))
 }
 
+// testPage is where people try everything in a browser.
+func testPage(w http.ResponseWriter, r *http.Request) error {
+	return web.ServeTest(w, r.PathValue("file"))
+}
+
 func (s *Server) openAPI(w http.ResponseWriter, _ *http.Request) error {
 	writeText(w, http.StatusOK, api.OpenAPI())
 	return nil

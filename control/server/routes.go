@@ -72,6 +72,8 @@ func (s *Server) table() []route {
 		{"GET /openapi.json", true, s.openAPI},
 		{"GET /docs", true, docs},
 		{"GET /docs/{file}", true, docs},
+		{"GET /test", true, testPage},
+		{"GET /test/{file}", true, testPage},
 	}
 }
 
