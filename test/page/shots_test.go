@@ -1,0 +1,90 @@
+package page_test
+
+import (
+	"context"
+	"flag"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/chromedp/cdproto/cdp"
+	"github.com/chromedp/cdproto/emulation"
+	"github.com/chromedp/cdproto/page"
+	"github.com/chromedp/chromedp"
+)
+
+var shots = flag.String("shots", "", "where TestScreenshots leaves its pictures; empty: nowhere")
+
+// look is how a page is looked at.
+type look struct {
+	name          string
+	width, height int64
+	dark          bool
+}
+
+var looks = []look{{"light", 1440, 900, false}, {"dark", 1440, 900, true}, {"phone", 390, 844, true}}
+
+// as makes the browser show the page so.
+func (w *window) as(l look) {
+	w.t.Helper()
+	scheme := "light"
+	if l.dark {
+		scheme = "dark"
+	}
+	w.run(chromedp.EmulateViewport(l.width, l.height), chromedp.Func(func(ctx context.Context, t *chromedp.Target) error {
+		_, err := cdp.Call(ctx, t, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: scheme}}})
+		return err
+	}))
+}
+
+// shoot takes a picture of the window, or of the whole page.
+func (w *window) shoot(name string, whole bool) {
+	w.t.Helper()
+	if *shots == "" {
+		return
+	}
+	ctx, cancel := context.WithTimeout(w.ctx, limit)
+	defer cancel()
+	data, err := chromedp.Run(ctx, func(ctx context.Context, t *chromedp.Target) ([]byte, error) {
+		r, err := cdp.Call(ctx, t, page.CaptureScreenshot, page.CaptureScreenshotParams{Format: page.CaptureScreenshotFormatPng, CaptureBeyondViewport: &whole})
+		if err != nil {
+			return nil, err
+		}
+		return r.Data, nil
+	})
+	if err == nil {
+		err = os.WriteFile(filepath.Join(*shots, name+".png"), data, 0o644)
+	}
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func TestScreenshots(t *testing.T) {
+	f := newFake(t, nil)
+	w := newWindow(t, f.url, f.key)
+	w.as(looks[0])
+	w.wants("#door", "key")
+	w.shoot("door-light", false)
+	w.enter()
+	w.shoot("empty-light", false)
+	id := w.create()
+	w.tab("run")
+	w.exec("echo hello from the sandbox")
+	w.wants(view+".output", "exit status 0]")
+	w.exec("warn look out")
+	w.exec("exit 3")
+	w.wants(view+".output", "exit status 3]")
+	w.act("snapshot")
+	w.press("with-deps\r")
+	w.wants("#snapshots", "with-deps")
+	w.create()
+	w.act("pause")
+	w.wants(view+".badge", "paused")
+	w.wants("#tree", "with-deps")
+	_ = id
+	for _, l := range looks {
+		w.as(l)
+		w.shoot("room-"+l.name, true)
+	}
+}
