@@ -1,22 +1,18 @@
 package web_test
 
 import (
-	"bytes"
 	"maps"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-
-	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 )
 
 // vendored are the files that test/vendor/VERSIONS lists, with where each is from.
+// Whether they are what npm has is a test of test/page.
 func vendored(t *testing.T) map[string]string {
 	t.Helper()
 	text, err := os.ReadFile("test/vendor/VERSIONS")
@@ -54,24 +50,5 @@ func TestVendoredFilesAreListed(t *testing.T) {
 	}
 	if !slices.Contains(listed, "xterm.LICENSE.txt") || !slices.Contains(listed, "addon-fit.LICENSE.txt") {
 		t.Error("a licence is missing: it goes with every copy")
-	}
-}
-
-// TestVendoredFilesAreThoseOfNPM fetches them again: nobody has changed them.
-func TestVendoredFilesAreThoseOfNPM(t *testing.T) {
-	testkit.Long(t, "it asks npm's registry")
-	testkit.Tool(t, "npm")
-	fresh := t.TempDir()
-	out, err := exec.CommandContext(t.Context(), "../scripts/vendor-page", fresh).CombinedOutput()
-	testkit.Require(t, "npm-registry", err == nil, string(out))
-	for name, from := range vendored(t) {
-		want, err := os.ReadFile(filepath.Join(fresh, name))
-		if err != nil {
-			t.Fatal(err)
-		}
-		have, err := os.ReadFile(filepath.Join("test/vendor", name))
-		if err != nil || !bytes.Equal(have, want) {
-			t.Errorf("%s is not what %s has, %v: run make vendor-page and commit", name, from, err)
-		}
 	}
 }

@@ -65,10 +65,13 @@ type window struct {
 	ctx context.Context
 	url string
 	key string
+	// limit is how long anything may take that it waits for.
+	limit time.Duration
 
 	mu      sync.Mutex
 	wrong   []string // what a page must not do: exceptions, violations of its policy
 	foreign []string // requests to others, and addresses that have the key in them
+	broken  []string // what did not load, and why
 	said    []string // what the page wrote to the console
 }
 
@@ -77,13 +80,34 @@ func newWindow(t *testing.T, url, key string) *window {
 	t.Helper()
 	ctx, cancel := chromedp.NewContext(openBrowser(t), chromedp.WithNewBrowserContext())
 	t.Cleanup(cancel)
-	w := &window{t: t, ctx: ctx, url: url, key: key}
+	w := &window{t: t, ctx: ctx, url: url, key: key, limit: limit}
 	if err := chromedp.Listen(ctx, w.listen); err != nil {
 		t.Fatal(err)
 	}
-	w.run(enable, chromedp.EmulateViewport(1440, 900), chromedp.Navigate(url+"/test"))
+	w.run(enable, chromedp.EmulateViewport(1440, 900))
+	w.open()
 	t.Cleanup(w.check)
 	return w
+}
+
+// open loads the page. Chromium breaks off what is under way when the machine gets
+// or loses a network interface, which other tests see to; then it is loaded again.
+func (w *window) open() {
+	w.t.Helper()
+	const drawn = `!document.querySelector("#door").hidden || !document.querySelector("#room").hidden`
+	for range 5 {
+		w.run(chromedp.Navigate(w.url + "/test"))
+		if testkit.Poll(3*time.Second, func() bool { return js[bool](w, drawn) }) {
+			return
+		}
+		w.mu.Lock()
+		broken := w.broken
+		w.mu.Unlock()
+		if !strings.Contains(strings.Join(broken, " "), "ERR_NETWORK_CHANGED") {
+			w.t.Fatalf("the page is not drawn; what did not load: %q", broken)
+		}
+	}
+	w.t.Fatal("the network changes all the time")
 }
 
 // enable asks the browser to tell what listen listens for.
@@ -108,6 +132,8 @@ func (w *window) listen(event any) {
 		}
 	case *network.EventRequestWillBeSent:
 		w.look(e.Request.URL)
+	case *network.EventLoadingFailed:
+		w.broken = append(w.broken, e.ErrorText)
 	case *network.EventWebSocketCreated:
 		w.look(strings.Replace(e.URL, "ws", "http", 1))
 	}
@@ -136,7 +162,7 @@ func (w *window) check() {
 
 func (w *window) run(actions ...chromedp.Action[chromedp.Void]) {
 	w.t.Helper()
-	ctx, cancel := context.WithTimeout(w.ctx, testkit.Patience(limit))
+	ctx, cancel := context.WithTimeout(w.ctx, testkit.Patience(w.limit))
 	defer cancel()
 	if err := chromedp.Do(ctx, actions...); err != nil {
 		w.t.Fatalf("%v\n%s", err, w.text("body"))
@@ -146,7 +172,7 @@ func (w *window) run(actions ...chromedp.Action[chromedp.Void]) {
 // js evaluates an expression, and waits for what it promises.
 func js[T any](w *window, expression string) T {
 	w.t.Helper()
-	ctx, cancel := context.WithTimeout(w.ctx, testkit.Patience(limit))
+	ctx, cancel := context.WithTimeout(w.ctx, testkit.Patience(w.limit))
 	defer cancel()
 	out, err := chromedp.Run(ctx, chromedp.Evaluate[T](expression, chromedp.EvalAwaitPromise))
 	if err != nil {
@@ -169,13 +195,13 @@ func (w *window) text(selector string) string {
 	if err != nil {
 		return err.Error()
 	}
-	return out
+	return strings.ReplaceAll(out, "\u00a0", " ")
 }
 
 // wants waits until an element shows a text.
 func (w *window) wants(selector, part string) {
 	w.t.Helper()
-	if !testkit.Poll(limit, func() bool { return strings.Contains(w.text(selector), part) }) {
+	if !testkit.Poll(w.limit, func() bool { return strings.Contains(w.text(selector), part) }) {
 		w.t.Fatalf("%s shows %q, not %q; the page:\n%s", selector, w.text(selector), part, w.text("body"))
 	}
 }
@@ -183,7 +209,7 @@ func (w *window) wants(selector, part string) {
 // wantsJS waits until an expression holds.
 func (w *window) wantsJS(expression string) {
 	w.t.Helper()
-	if !testkit.Poll(limit, func() bool { return js[bool](w, expression) }) {
+	if !testkit.Poll(w.limit, func() bool { return js[bool](w, "Boolean("+expression+")") }) {
 		w.t.Fatalf("%s does not hold; the page:\n%s", expression, w.text("body"))
 	}
 }

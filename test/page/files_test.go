@@ -38,7 +38,7 @@ func (w *window) upload(paths ...string) {
 func (w *window) wantsFile(path string) []byte {
 	w.t.Helper()
 	var data []byte
-	testkit.Eventually(w.t, limit, "downloaded "+path, func() (there bool) {
+	testkit.Eventually(w.t, w.limit, "downloaded "+path, func() (there bool) {
 		var err error
 		data, err = os.ReadFile(path)
 		return err == nil

@@ -30,14 +30,14 @@ func TestKey(t *testing.T) {
 			t.Errorf("the key is in %s", where)
 		}
 	}
-	w.do("location.reload()")
+	w.open()
 	w.wants("#room", "New sandbox") // it is kept while the tab is there
 	w.click("#forget")
 	w.wants("#door", "Your API key")
 	if js[int](w, "sessionStorage.length") != 0 || js[int](w, `document.querySelectorAll(".log li").length`) != 0 {
 		t.Error("something is left after the key was forgotten")
 	}
-	w.do("location.reload()")
+	w.open()
 	w.wants("#door", "Your API key")
 }
 

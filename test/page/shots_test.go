@@ -5,7 +5,6 @@ import (
 	"flag"
 	"os"
 	"path/filepath"
-	"testing"
 
 	"github.com/chromedp/cdproto/cdp"
 	"github.com/chromedp/cdproto/emulation"
@@ -13,7 +12,7 @@ import (
 	"github.com/chromedp/chromedp"
 )
 
-var shots = flag.String("shots", "", "where TestScreenshots leaves its pictures; empty: nowhere")
+var shots = flag.String("shots", "", "where TestEverythingWithAVM leaves its pictures; empty: nowhere")
 
 // look is how a page is looked at.
 type look struct {
@@ -57,34 +56,5 @@ func (w *window) shoot(name string, whole bool) {
 	}
 	if err != nil {
 		w.t.Fatal(err)
-	}
-}
-
-func TestScreenshots(t *testing.T) {
-	f := newFake(t, nil)
-	w := newWindow(t, f.url, f.key)
-	w.as(looks[0])
-	w.wants("#door", "key")
-	w.shoot("door-light", false)
-	w.enter()
-	w.shoot("empty-light", false)
-	id := w.create()
-	w.tab("run")
-	w.exec("echo hello from the sandbox")
-	w.wants(view+".output", "exit status 0]")
-	w.exec("warn look out")
-	w.exec("exit 3")
-	w.wants(view+".output", "exit status 3]")
-	w.act("snapshot")
-	w.press("with-deps\r")
-	w.wants("#snapshots", "with-deps")
-	w.create()
-	w.act("pause")
-	w.wants(view+".badge", "paused")
-	w.wants("#tree", "with-deps")
-	_ = id
-	for _, l := range looks {
-		w.as(l)
-		w.shoot("room-"+l.name, true)
 	}
 }

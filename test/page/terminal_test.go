@@ -21,7 +21,7 @@ import (
 func (w *window) inFrame() *window {
 	w.t.Helper()
 	var found target.ID
-	if !testkit.Poll(limit, func() bool {
+	if !testkit.Poll(w.limit, func() bool {
 		infos, err := chromedp.Targets(w.ctx)
 		if err != nil {
 			w.t.Fatal(err)
@@ -37,7 +37,7 @@ func (w *window) inFrame() *window {
 	}
 	ctx, cancel := chromedp.NewContext(w.ctx, chromedp.WithTargetID(found))
 	w.t.Cleanup(cancel)
-	f := &window{t: w.t, ctx: ctx, url: w.url, key: w.key}
+	f := &window{t: w.t, ctx: ctx, url: w.url, key: w.key, limit: w.limit}
 	if err := chromedp.Listen(ctx, f.listen); err != nil {
 		w.t.Fatal(err)
 	}
@@ -47,7 +47,7 @@ func (w *window) inFrame() *window {
 }
 
 // shown is what stands in the terminal, without its blanks: lines may be wrapped.
-const shown = `document.querySelector(".xterm-rows").textContent.replaceAll("\u00a0", " ")`
+const shown = `(document.querySelector(".xterm-rows")?.textContent ?? "").replaceAll("\u00a0", " ")`
 
 func (w *window) showsInTerminal(part string) {
 	w.t.Helper()
@@ -73,6 +73,7 @@ func TestTerminal(t *testing.T) {
 	w.enter()
 	w.create()
 	frame := w.openTerminal("cat")
+	w.wants(view+".panel:not([hidden]) [role=status]", "Ctrl+Enter leaves the terminal")
 	w.types("good morning\r")
 	frame.showsInTerminal("good morning")
 	w.run(chromedp.KeyEvent("\r", chromedp.KeyModifiers(2))) // Ctrl

@@ -32,7 +32,7 @@ func TestPauseAndResume(t *testing.T) {
 		}
 	}
 	w.wants(view+".last", "300 of 500 touched pages of memory")
-	w.wants("#activity .log", "device state 2.0 ms")
+	w.wants("#activity .log", "publish 5.0 ms")
 	w.wants(view+".panel:not([hidden])", "generation 1")
 	w.act("resume")
 	w.wants(view+".busy", "Resuming…")
@@ -52,6 +52,10 @@ func TestPauseAndResume(t *testing.T) {
 	w.wants(view+".head .badge", "paused")
 	w.tab("run")
 	w.wants(view, "It is paused: a command resumes it.")
+	w.tab("files")
+	w.wants(view+".panel:not([hidden]) [role=status]", "It is paused: “Go” resumes it")
+	w.wants(view+".head .badge", "paused") // looking has not resumed it
+	w.tab("run")
 	w.exec("echo awake")
 	w.wants(view+".output", "awake")
 	w.wants(view+".head .badge", "running")

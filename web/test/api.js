@@ -62,11 +62,12 @@ function gone(error) {
 export function pathOf(...parts) { return "/v1/" + parts.map(encodeURIComponent).join("/"); }
 
 // call asks, and answers with the body's JSON. What is the name in the log; quiet
-// calls are shown there on request only.
-export async function call(method, path, { body, query, what, quiet, signal } = {}) {
+// calls are shown there on request only. Once calls make something: they have a key
+// by which the server knows a repeated one.
+export async function call(method, path, { body, query, what, quiet, once } = {}) {
   const entry = begin(what ?? `${method} ${path}`, { quiet });
   try {
-    const response = await ask(method, path, { query, signal, body: body && JSON.stringify(body), type: body && "application/json" });
+    const response = await ask(method, path, { query, body: body && JSON.stringify(body), type: body && "application/json", once: once && random() });
     const text = await response.text();
     const answer = text ? JSON.parse(text) : {};
     entry.done(answer.phases);
@@ -77,11 +78,22 @@ export async function call(method, path, { body, query, what, quiet, signal } = 
   }
 }
 
-async function ask(method, path, { body, query, signal, type }) {
+// random is a name that nobody else has. (There is no randomUUID over plain HTTP.)
+const random = () => Array.from(crypto.getRandomValues(new Uint32Array(4)), (n) => n.toString(16)).join("-");
+
+async function ask(method, path, { body, query, signal, type, once }) {
   const headers = authorization();
+  if (once) headers["Idempotency-Key"] = once;
   if (type) headers["Content-Type"] = type;
   const to = query ? `${path}?${new URLSearchParams(query)}` : path;
-  const response = await fetch(to, { method, headers, body, signal, cache: "no-store", credentials: "omit", redirect: "error", referrerPolicy: "no-referrer" });
+  const fetchOnce = () => fetch(to, { method, headers, body, signal, cache: "no-store", credentials: "omit", redirect: "error", referrerPolicy: "no-referrer" });
+  // Chromium breaks off what is under way whenever the machine gets or loses a
+  // network interface, which is what a machine with sandboxes does.
+  const response = await fetchOnce().catch(async (e) => {
+    if (!(e instanceof TypeError) || (method !== "GET" && !once)) throw e;
+    await new Promise((ok) => setTimeout(ok, 300));
+    return fetchOnce();
+  });
   if (!response.ok) throw reason(response.status, await response.text());
   return response;
 }

@@ -151,7 +151,7 @@ function actions(id, busy, message, last) {
   const chart = (title) => (answer) => {
     if (answer.phases?.length) last.replaceChildren(make("h3", null, title), phaseChart(answer.phases, answer.report));
   };
-  const post = (verb, what, body) => () => call("POST", at(verb), { body, what: `${what} ${short(id)}` });
+  const post = (verb, what, body, once) => () => call("POST", at(verb), { body, once, what: `${what} ${short(id)}` });
   return {
     busy: () => running,
     pause: () => run("Pausing", chart("Where the time of the pause went"), post("pause", "pause")),
@@ -162,7 +162,7 @@ function actions(id, busy, message, last) {
         title: "Fork this sandbox", text: "Copies go on from what is in it now. The original runs on.", action: "Fork",
         fields: [labelled("How many copies", count)], read: () => number(count, "the number of copies") ?? 1,
       });
-      if (answer) run("Forking", (forked) => forkDone(forked, message, chart("Where the time of the fork went")), post("fork", "fork", { count: answer.value }));
+      if (answer) run("Forking", (forked) => forkDone(forked, message, chart("Where the time of the fork went")), post("fork", "fork", { count: answer.value }, true));
     },
     async snapshot() {
       const name = make("input", { spellcheck: "false", autocapitalize: "off" });

@@ -29,6 +29,9 @@ function move(e) {
 }
 
 export const ended = (box) => box.state === "gone" || box.state === "failed";
+// callable says whether anything can be asked of what is in a sandbox. A call resumes
+// one that is paused.
+export const callable = (box) => ["running", "pausing", "paused", "resuming", "unreachable"].includes(box.state);
 export const moving = (box) => ["creating", "pausing", "resuming", "destroying"].includes(box.state);
 
 // condition says in words how a sandbox is.

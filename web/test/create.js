@@ -70,8 +70,13 @@ async function create(e) {
     if (!vcpus.disabled) Object.assign(body, { vcpus: number(vcpus, "vCPUs"), mem_mib: number(memory, "memory") });
     const minutes = number(timeout, "timeout");
     if (minutes !== undefined) body.timeout_seconds = minutes * 60;
-    const made = call("POST", pathOf("sandboxes"), { body, what: `create from ${body.template ?? "base"}` });
-    setTimeout(look, 100); // it is in the list while it is being made
+    const before = new Set(state.boxes.map((b) => b.id));
+    const made = call("POST", pathOf("sandboxes"), { body, once: true, what: `create from ${body.template ?? "base"}` });
+    setTimeout(async () => { // it is in the list while it is being made
+      await look();
+      const box = state.boxes.find((b) => b.state === "creating" && !before.has(b.id));
+      if (box) choose(box.id);
+    }, 100);
     const box = await made;
     await look();
     choose(box.id);

@@ -29,7 +29,7 @@ export function bytes(n) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let i = 0;
   for (; n >= 1024 && i < units.length - 1; i++) n /= 1024;
-  return `${i === 0 || n >= 100 ? Math.round(n) : n.toFixed(1).replace(/\.0$/, "")} ${units[i]}`;
+  return `${i === 0 || n >= 100 ? Math.round(n) : n.toFixed(1).replace(/\.0$/, "")}\u00a0${units[i]}`;
 }
 
 export const mebibytes = (n) => bytes(n * 1024 * 1024);
@@ -54,7 +54,7 @@ export const ago = (when) => `${span(Date.now() - new Date(when))} ago`;
 export const until = (when) => span(new Date(when) - Date.now());
 export const clock = (when) => new Date(when).toLocaleTimeString([], { hour12: false });
 export const moment = (when) => new Date(when).toLocaleString([], { dateStyle: "medium", timeStyle: "medium" });
-export const shape = (s) => `${s.vcpus} vCPU${s.vcpus === 1 ? "" : "s"} · ${mebibytes(s.mem_mib)}`;
+export const shape = (s) => `${s.vcpus}\u00a0vCPU${s.vcpus === 1 ? "" : "s"} · ${mebibytes(s.mem_mib)}`;
 
 // setText writes only what changes: a selection by the user stays as it is.
 export function setText(e, text) {

@@ -1,6 +1,7 @@
 // The files of a sandbox: to look at, to fetch, to bring.
 
 import { call, download, pathOf, upload, words } from "./api.js";
+import { callable } from "./boxes.js";
 import { bytes, labelled, make, moment, named, setText, short, visible } from "./dom.js";
 
 const most = 1000; // entries that are drawn
@@ -14,11 +15,12 @@ export function openFiles(id) {
   const message = make("p", { class: "message", role: "alert" }), status = make("p", { class: "soft", role: "status" });
   const list = make("ul", { class: "files", "aria-label": "Files" }), transfers = make("ul", { class: "under-way", "aria-label": "Transfers" });
   const pick = make("input", { type: "file", multiple: true, class: "unseen", tabindex: "-1", "aria-label": "Files to upload" });
-  let dir = "", stale = true, turn = 0, dead = false;
+  let dir = "", stale = true, turn = 0, dead = false, asleep = false;
 
   async function open(path, focus) {
     const mine = ++turn;
     message.textContent = "";
+    stale = false;
     setText(status, "Reads…");
     try {
       const to = path || await start(at, id);
@@ -93,7 +95,7 @@ export function openFiles(id) {
     pick.value = "";
     bring(files);
   });
-  const form = make("form", { novalidate: true, autocomplete: "off", class: "together", on: { submit(e) { e.preventDefault(); open(where.value.trim() || "/"); } } },
+  const form = make("form", { novalidate: true, autocomplete: "off", class: "together", on: { submit(e) { e.preventDefault(); open(where.value.trim()); } } },
     labelled("Directory", where), make("button", { type: "submit" }, "Go"), make("button", { type: "button", class: "main", on: { click: () => pick.click() } }, "Upload…"), pick);
   const drop = make("div", { class: "panel" }, form, message, transfers, list, status);
   drop.addEventListener("dragover", (e) => { e.preventDefault(); drop.classList.add("drop"); });
@@ -106,11 +108,14 @@ export function openFiles(id) {
   return {
     name: "files", label: "Files", element: drop,
     shown() {
-      if (stale) open(dir);
+      if (!stale || dead) return;
+      if (asleep) return setText(status, "It is paused: “Go” resumes it and reads the directory.");
       stale = false;
+      open(dir);
     },
     draw(box) {
-      dead = box.state === "gone" || box.state === "failed";
+      dead = !callable(box);
+      asleep = box.state === "paused";
       for (const b of form.querySelectorAll("button")) b.disabled = dead;
     },
   };

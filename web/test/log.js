@@ -6,11 +6,12 @@ import { phaseChart } from "./phases.js";
 const most = 300; // entries that are kept
 
 const running = make("ul", { class: "under-way", "aria-label": "Under way" });
-const list = make("ol", { class: "log", role: "log", "aria-label": "What was asked, newest first", tabindex: "0" });
+const list = make("ol");
+const box = make("div", { class: "log", role: "log", "aria-label": "What was asked, newest first", tabindex: "0" }, list);
 const polls = make("input", { type: "checkbox", id: "polls", on: { change: () => list.classList.toggle("with-polls", polls.checked) } });
 
 export function openLog(section) {
-  section.append(make("p", { class: "check" }, polls, make("label", { for: "polls" }, "Show the polling, too")), running, list);
+  section.append(make("p", { class: "check" }, polls, make("label", { for: "polls" }, "Show the polling, too")), running, box);
   setInterval(tick, 100);
 }
 
@@ -47,7 +48,7 @@ export function begin(what, { quiet = false } = {}) {
     const line = make("li", { class: `entry ${state}${quiet && state === "ok" ? " poll" : ""}` },
       make("time", { datetime: at.toISOString() }, clock(at)), make("span", { class: "what" }, name),
       make("span", { class: "took" }, took(performance.now() - since)), detail ? make("span", { class: "detail" }, visible(detail)) : null);
-    if (phases?.length > 1) line.append(phaseChart(phases));
+    if (phases?.length > 1) line.append(phaseChart(phases, null, true));
     list.prepend(line);
     trim();
   };

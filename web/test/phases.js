@@ -1,12 +1,10 @@
 // Where the time of a pause, a snapshot or a fork went: a bar, and the same in words.
 
-import { bytes, make, took } from "./dom.js";
+import { bytes, make, took, visible } from "./dom.js";
 
-const names = {
-  freeze: "freeze", device_state: "device state", dirty_scan: "dirty scan", copy: "copy", thaw: "thaw", compare: "compare", publish: "publish",
-};
-
-export function phaseChart(phases, report) {
+// phaseChart is both. A brief one names only the longest, in their order.
+export function phaseChart(phases, report, brief = false) {
+  const least = brief ? [...phases].sort((a, b) => b.ms - a.ms)[Math.min(3, phases.length - 1)].ms : 0;
   const total = phases.reduce((sum, p) => sum + p.ms, 0) || 1;
   const bar = make("div", { class: "phases", "aria-hidden": "true" });
   const list = make("ol", { class: "phase-list" });
@@ -14,7 +12,7 @@ export function phaseChart(phases, report) {
     const part = make("span", { class: `phase tone-${i % 6}` });
     part.style.flexGrow = String(p.ms / total); // through the CSSOM: the policy allows no style attribute
     bar.append(part);
-    list.append(make("li", null, make("span", { class: `key tone-${i % 6}`, "aria-hidden": "true" }), `${names[p.name] ?? p.name} ${took(p.ms)}`));
+    if (p.ms >= least) list.append(make("li", null, make("span", { class: `key tone-${i % 6}`, "aria-hidden": "true" }), `${visible(p.name.replaceAll("_", " "))} ${took(p.ms)}`));
   });
   return make("div", { class: "chart" }, bar, list, report ? make("p", { class: "soft" }, reported(report)) : null);
 }

@@ -1,6 +1,7 @@
 // Servers in the sandbox. Their pages have an origin of their own, and never this one.
 
 import { call, pathOf, words } from "./api.js";
+import { callable } from "./boxes.js";
 import { clock, labelled, make, number, short } from "./dom.js";
 
 export function openPorts(id) {
@@ -22,7 +23,7 @@ export function openPorts(id) {
   } }, labelled("Port of a server in it, which listens on 0.0.0.0", port), make("button", { type: "submit", class: "main" }, "Find"));
   return {
     name: "ports", label: "Ports", element: make("div", { class: "panel" }, form, message, found),
-    draw(box) { form.querySelector("button").disabled = box.state === "gone" || box.state === "failed"; },
+    draw(box) { form.querySelector("button").disabled = !callable(box); },
   };
 }
 

@@ -1,6 +1,7 @@
 // Commands with their output as it comes.
 
 import { pathOf, stream, words } from "./api.js";
+import { callable } from "./boxes.js";
 import { labelled, make, setText, short, took } from "./dom.js";
 
 const most = 400_000; // characters of output that are kept on the page
@@ -101,7 +102,7 @@ export function openRun(id) {
     name: "run", label: "Run", element: make("div", { class: "panel" }, asleep, form, status, output),
     draw(box) {
       asleep.hidden = box.state !== "paused";
-      go.disabled = box.state === "gone" || box.state === "failed";
+      go.disabled = !callable(box);
     },
     close: () => running?.close(),
   };

@@ -13,40 +13,41 @@ export function choose(id) {
   changed();
 }
 
-const every = 2000, rarely = 15; // of the looks one looks at templates and the host, too
+// How long lies between two looks, and which of them look at more than the states.
+const every = 2000, sometimes = 3, rarely = 15;
 let looks = 0, timer = 0, open = false, looking = null, again = false;
 
 // look asks for everything that moves. Of several wishes at a time two are granted:
 // what was changed after a look began is seen by the next.
-export function look() {
+export function look(whole = true) {
   if (!open) return Promise.resolve();
   if (looking) {
     again = true;
     return looking;
   }
   clearTimeout(timer);
-  looking = refresh().finally(() => {
+  looking = refresh(whole).finally(() => {
     looking = null;
     if (again) {
       again = false;
       look();
-    } else if (open && !document.hidden) timer = setTimeout(look, every);
+    } else if (open && !document.hidden) timer = setTimeout(look, every, false);
   });
   return looking;
 }
 
-async function refresh() {
+async function refresh(whole) {
   try {
-    const rare = looks % rarely === 0;
+    const rare = looks % rarely === 0, more = whole || looks % sometimes === 0;
     const get = (what, ...parts) => call("GET", pathOf(...parts), { what, quiet: true });
     const [boxes, snapshots, templates, host] = await Promise.all([
       call("GET", pathOf("sandboxes"), { what: "list sandboxes", quiet: true, query: { limit: "200", all: String(state.ended) } }),
-      get("list snapshots", "snapshots"), rare ? get("list templates", "templates") : null, rare ? get("look at the host", "host") : null,
+      more ? get("list snapshots", "snapshots") : null, rare ? get("list templates", "templates") : null, rare ? get("look at the host", "host") : null,
     ]);
     if (!open) return;
     state.boxes = boxes.sandboxes;
     state.more = boxes.next_cursor != null;
-    state.snapshots = snapshots.snapshots;
+    if (snapshots) state.snapshots = snapshots.snapshots;
     if (templates) state.templates = templates.templates;
     if (host) state.host = host;
     looks++;

@@ -3,6 +3,7 @@
 // the network, nor a way into this page. The WebSocket is here.
 
 import { pathOf, stream, words } from "./api.js";
+import { callable } from "./boxes.js";
 import { labelled, make, setText, short } from "./dom.js";
 
 const most = 8 << 20; // bytes that may wait to be drawn; what comes beyond is left out
@@ -42,7 +43,7 @@ export function openTerminal(id) {
   return {
     name: "terminal", label: "Terminal",
     element: make("div", { class: "panel" }, form, make("p", { class: "check" }, reader, make("label", { for: reader.id }, "For a screen reader")), status, place),
-    draw(box) { go.disabled = box.state === "gone" || box.state === "failed"; },
+    draw(box) { go.disabled = !callable(box); },
     close: () => session?.close(),
   };
 }

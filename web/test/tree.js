@@ -1,7 +1,7 @@
 // The tree that snapshots form: what goes on from where, and what runs on top.
 
 import { call, pathOf, words } from "./api.js";
-import { ago, bytes, make, named, short } from "./dom.js";
+import { bytes, clock, make, named, short } from "./dom.js";
 import { choose, onChange, state } from "./state.js";
 
 const most = 40; // lines that are asked for
@@ -79,10 +79,10 @@ function draw(nodes) {
 
 function node(n, largest) {
   const what = { template: () => ["template ", named(n.name)], snapshot: () => [make("strong", null, named(n.name))], pause: () => ["paused ", chip(n.sandbox_id)] }[n.kind]?.() ??
-    ["start of ", n.sandbox_id ? make("code", null, short(n.sandbox_id)) : "sandboxes"];
+    ["unnamed point", n.sandbox_id ? [" of ", make("code", null, short(n.sandbox_id))] : ""];
   const size = make("span", { class: "size", "aria-hidden": "true" });
   size.style.width = `${Math.max(2, Math.round(100 * Math.sqrt(n.own_bytes / largest)))}px`; // its area says how much it is
-  const facts = n.kind === "template" ? "" : ` generation ${n.generation} · ${bytes(n.own_bytes)}${n.at ? ` · ${ago(n.at)}` : ""}`;
+  const facts = n.kind === "template" ? "" : ` generation ${n.generation} · ${bytes(n.own_bytes)}${n.at ? ` · ${clock(n.at)}` : ""}`;
   return make("div", { class: "node" }, make("span", null, what), n.kind === "template" ? null : size, make("span", { class: "soft" }, facts),
     n.running?.length ? make("span", { class: "runs" }, "runs: ", n.running.flatMap((id) => [chip(id), " "])) : null);
 }
