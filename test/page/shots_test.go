@@ -44,15 +44,16 @@ func (w *window) shoot(name string, whole bool) {
 	}
 	ctx, cancel := context.WithTimeout(w.ctx, limit)
 	defer cancel()
+	quality := int64(90)
 	data, err := chromedp.Run(ctx, func(ctx context.Context, t *chromedp.Target) ([]byte, error) {
-		r, err := cdp.Call(ctx, t, page.CaptureScreenshot, page.CaptureScreenshotParams{Format: page.CaptureScreenshotFormatPng, CaptureBeyondViewport: &whole})
+		r, err := cdp.Call(ctx, t, page.CaptureScreenshot, page.CaptureScreenshotParams{Format: page.CaptureScreenshotFormatWebp, Quality: &quality, CaptureBeyondViewport: &whole})
 		if err != nil {
 			return nil, err
 		}
 		return r.Data, nil
 	})
 	if err == nil {
-		err = os.WriteFile(filepath.Join(*shots, name+".png"), data, 0o644)
+		err = os.WriteFile(filepath.Join(*shots, name+".webp"), data, 0o644)
 	}
 	if err != nil {
 		w.t.Fatal(err)
