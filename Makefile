@@ -30,7 +30,7 @@ REQUIRE_TOOLS := assets,buf,busybox-static,bzip2,e2fsprogs,ip,iptables-nft,mke2f
 TESTFLAGS ?=
 # Packages whose tests need root, found by what they call. Whole-system tests have stages of their own.
 ROOT_PKGS  = $(shell grep -rlw --include='*_test.go' 'testkit\.Root' . | grep -v -E '^\./(test|build)/' | xargs -r -n1 dirname | sort -u)
-UNIT_PKGS  = $(filter-out $(patsubst ./%,github.com/dormouse-sandbox/dormouse/%,$(ROOT_PKGS)),$(shell $(GO) list ./... | grep -vE '/dormouse/test/(api|bench|chaos|e2e|sdk|up)$$'))
+UNIT_PKGS  = $(filter-out $(patsubst ./%,github.com/dormouse-sandbox/dormouse/%,$(ROOT_PKGS)),$(shell $(GO) list ./... | grep -vE '/dormouse/test/(api|bench|chaos|e2e|page|sdk|up)$$'))
 AS_ROOT    = $(if $(SUDO)$(AS_USER),-exec "$(CURDIR)/scripts/as-root",)
 SYSTEM     = $(GO) test -count=1 -p 1 $(AS_ROOT) $(TESTFLAGS)
 
