@@ -141,6 +141,7 @@ func TestFilesAreTrueThroughTwentyPauses(t *testing.T) {
 
 // TestTheClockIsRightAfterADay: what is resumed a day later has the day's time.
 func TestTheClockIsRightAfterADay(t *testing.T) {
+	notInALab(t)
 	var later atomic.Int64
 	now := func() time.Time { return time.Now().Add(time.Duration(later.Load())) }
 	r := realSandboxes{t, realHost(t, func(c *host.Config) { c.Now = now })}
@@ -170,8 +171,9 @@ func TestTheClockIsRightAfterADay(t *testing.T) {
 // TestForksDrawTheirOwn: processes that were drawing random numbers when they were
 // copied do not draw the same ones.
 func TestForksDrawTheirOwn(t *testing.T) {
+	notInALab(t)
 	const copies = 10
-	r := realSandboxes{t, realHost(t)}
+	r := realSandboxes{t, realHost(t, func(c *host.Config) { c.MaxMemMiB = 16 << 10 })} // they use little of it
 	id := r.create("base", 256)
 	r.run(id, `nohup python3 -c '
 import os, time, uuid
@@ -203,6 +205,14 @@ with open("/tmp/drawn", "w") as f:
 	t.Logf("%d values are from before, %d were drawn since", all, own)
 	if all == 0 || own < copies*10 {
 		t.Errorf("%d values are from before, %d were drawn since", all, own)
+	}
+}
+
+// notInALab leaves a test whose VMs have nothing to do with KVM to make check-all.
+func notInALab(t *testing.T) {
+	t.Helper()
+	if testkit.Accelerator() != "tcg" {
+		testkit.Long(t, "minutes where KVM is emulated")
 	}
 }
 

@@ -34,7 +34,7 @@ const pinned = "4.32.5"
 // and in a query everything is a string.
 const config = `
 [[operations]]
-include-operation-id = ["listSandboxes", "logs", "openPort", "createSandbox", "buildTemplate", "exec", "listDir", "readFile", "readTree", "statFile", "writeFile", "makeDir", "moveFile", "removeFile"]
+include-operation-id = ["listSandboxes", "logs", "openPort", "createSandbox", "fork", "buildTemplate", "exec", "listDir", "readFile", "readTree", "statFile", "writeFile", "makeDir", "moveFile", "removeFile"]
 checks.positive_data_acceptance.enabled = false
 
 [[operations]] # what a server in a sandbox answers is its own affair
