@@ -49,13 +49,17 @@ type Config struct {
 	// Command starts the server: a program that calls fuse.Serve with DeviceFD and
 	// SlotsFD until the mount goes away.
 	Command []string
-	// UID and GID run it.
+	// Keeper starts a program that has the same descriptors and does nothing: while
+	// it lives, server and holder may both be killed. Empty: there is none.
+	Keeper []string
+	// UID and GID run both.
 	UID, GID int
 	Log      *slog.Logger
 }
 
 // Pager holds the page server of one host. It keeps duplicates of what the server
-// works with, so that either of the two may be killed.
+// works with, and so does a third process, the keeper, so that any two of the three
+// may be killed at once.
 type Pager struct {
 	cfg   Config
 	log   *slog.Logger
@@ -66,12 +70,21 @@ type Pager struct {
 	wg   sync.WaitGroup
 
 	mu      sync.Mutex
-	process *kernel.PidFD
+	process *kernel.PidFD // the server
+	keeper  *kernel.PidFD // nil where there is none
+	state   state
 	closed  bool
 }
 
-// state is what finds a running server again.
+// state is what finds a running server again, or its keeper.
 type state struct {
+	PID       int     `json:"pid"`
+	StartTime uint64  `json:"start_time"`
+	Keeper    *person `json:"keeper,omitempty"`
+}
+
+// person is a process that a number alone does not name.
+type person struct {
 	PID       int    `json:"pid"`
 	StartTime uint64 `json:"start_time"`
 }
@@ -94,8 +107,13 @@ func Open(ctx context.Context, cfg Config) (_ *Pager, err error) {
 	}
 	p := &Pager{cfg: cfg, log: cfg.Log}
 	switch err := p.adopt(); {
-	case err == nil:
+	case err == nil && p.process != nil:
 		p.log.Info("page server adopted", "pid", p.process.PID())
+	case err == nil:
+		p.log.Warn("page server is gone, another one is started on what was kept", "keeper", p.keeper.PID())
+		if err := p.spawn(); err != nil {
+			return nil, errors.Join(err, p.letGo())
+		}
 	case errors.Is(err, kernel.ErrGone), errors.Is(err, fs.ErrNotExist):
 		if err := p.begin(ctx); err != nil {
 			return nil, err
@@ -103,9 +121,15 @@ func Open(ctx context.Context, cfg Config) (_ *Pager, err error) {
 	default:
 		return nil, err
 	}
+	if err := p.spawnKeeper(); err != nil { // the watch tries again
+		p.log.Error("keeper of the page server not started, will try again", "err", err)
+	}
 	watching, stop := context.WithCancel(context.WithoutCancel(ctx))
 	p.stop = stop
 	p.wg.Go(func() { p.watch(watching) })
+	if len(cfg.Keeper) > 0 {
+		p.wg.Go(func() { p.watchKeeper(watching) })
+	}
 	return p, nil
 }
 
@@ -130,36 +154,73 @@ func (p *Pager) Damaged(name string) bool {
 	return err == nil
 }
 
-// adopt takes over the server that an earlier process started.
+// adopt takes over the server that an earlier process started, or, if that is gone,
+// what its keeper has: then p.process is nil.
 func (p *Pager) adopt() (err error) {
 	data, err := osfs.ReadFileLimit(p.statePath(), maxState)
 	if err != nil {
 		return err
 	}
-	var s state
-	if err := json.Unmarshal(data, &s); err != nil {
+	if err := json.Unmarshal(data, &p.state); err != nil {
 		return fmt.Errorf("%s: %w", p.statePath(), err)
 	}
-	process, err := kernel.OpenProcess(s.PID, s.StartTime)
-	if err != nil {
-		return err
-	}
-	var u undo.Stack
-	u.PushClose("process", process.Close)
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, u.Run(context.Background()))
+			err = errors.Join(err, p.letGo())
 		}
 	}()
-	if p.dev, err = process.File(DeviceFD); err != nil {
+	if k := p.state.Keeper; k != nil {
+		if p.keeper, err = kernel.OpenProcess(k.PID, k.StartTime); err != nil && !errors.Is(err, kernel.ErrGone) {
+			return err
+		}
+	}
+	p.process, err = kernel.OpenProcess(p.state.PID, p.state.StartTime)
+	if err == nil {
+		if err = p.takeOver(p.process); err == nil {
+			return nil
+		}
+	}
+	if p.keeper == nil {
+		return err
+	}
+	if p.process != nil { // it was ending
+		if err := p.process.Close(); err != nil {
+			return err
+		}
+		p.process = nil
+	}
+	return p.takeOver(p.keeper)
+}
+
+// takeOver gets duplicates of what a process has.
+func (p *Pager) takeOver(from *kernel.PidFD) error {
+	dev, err := from.File(DeviceFD)
+	if err != nil {
 		return fmt.Errorf("take the mount over: %w", err)
 	}
-	u.PushClose("device", p.dev.Close)
-	if p.slots, err = process.File(SlotsFD); err != nil {
-		return fmt.Errorf("take the requests over: %w", err)
+	slots, err := from.File(SlotsFD)
+	if err != nil {
+		return errors.Join(fmt.Errorf("take the requests over: %w", err), dev.Close())
 	}
-	p.process = process
+	p.dev, p.slots = dev, slots
 	return nil
+}
+
+// letGo closes everything that is held.
+func (p *Pager) letGo() error {
+	var errs []error
+	for _, process := range []*kernel.PidFD{p.process, p.keeper} {
+		if process != nil {
+			errs = append(errs, process.Close())
+		}
+	}
+	for _, file := range []*os.File{p.dev, p.slots} {
+		if file != nil {
+			errs = append(errs, file.Close())
+		}
+	}
+	p.process, p.keeper, p.dev, p.slots, p.state = nil, nil, nil, nil, state{}
+	return errors.Join(errs...)
 }
 
 // begin mounts and starts the first server. A mount that nobody serves any more
@@ -186,15 +247,67 @@ func (p *Pager) begin(ctx context.Context) (err error) {
 }
 
 // spawn starts a server and writes down who it is.
-func (p *Pager) spawn() (err error) {
+func (p *Pager) spawn() error {
+	process, who, err := p.start(p.cfg.Command)
+	if err != nil {
+		return fmt.Errorf("start page server: %w", err)
+	}
+	p.mu.Lock()
+	p.state.PID, p.state.StartTime = who.PID, who.StartTime
+	err = p.note()
+	old := p.process
+	if err == nil {
+		p.process = process
+	}
+	p.mu.Unlock()
+	if err != nil {
+		return errors.Join(err, end(context.Background(), process))
+	}
+	if old != nil {
+		return old.Close()
+	}
+	return nil
+}
+
+// spawnKeeper starts a keeper if there is to be one and is none.
+func (p *Pager) spawnKeeper() error {
+	p.mu.Lock()
+	have := p.keeper != nil && !p.keeper.Exited()
+	p.mu.Unlock()
+	if have || len(p.cfg.Keeper) == 0 {
+		return nil
+	}
+	process, who, err := p.start(p.cfg.Keeper)
+	if err != nil {
+		return fmt.Errorf("start keeper: %w", err)
+	}
+	p.mu.Lock()
+	p.state.Keeper = &who
+	err = p.note()
+	old := p.keeper
+	if err == nil {
+		p.keeper = process
+	}
+	p.mu.Unlock()
+	if err != nil {
+		return errors.Join(err, end(context.Background(), process))
+	}
+	if old != nil {
+		return old.Close()
+	}
+	return nil
+}
+
+// start starts a process with what a server works with.
+func (p *Pager) start(command []string) (*kernel.PidFD, person, error) {
 	output, err := p.openLog()
 	if err != nil {
-		return err
+		return nil, person{}, err
 	}
-	defer func() { _ = output.Close() }() // the server has its own
+	defer func() { _ = output.Close() }() // the process has its own
 	null, err := os.Open(os.DevNull)
 	if err != nil {
-		return err
+		return nil, person{}, err
 	}
 	defer func() { _ = null.Close() }() // nothing was written
 	pidfd := -1
@@ -202,36 +315,27 @@ func (p *Pager) spawn() (err error) {
 	if p.cfg.UID != 0 {
 		sys.Credential = &syscall.Credential{Uid: uint32(p.cfg.UID), Gid: uint32(p.cfg.GID)}
 	}
-	child, err := os.StartProcess(p.cfg.Command[0], p.cfg.Command, &os.ProcAttr{
+	child, err := os.StartProcess(command[0], command, &os.ProcAttr{
 		Dir: "/", Env: environment(), Sys: sys,
 		Files: []*os.File{null, output, output, p.dev, p.slots},
 	})
 	if err != nil {
-		return fmt.Errorf("start page server: %w", err)
+		return nil, person{}, err
 	}
 	process, err := kernel.HoldChild(child, pidfd)
 	if err != nil {
-		return err
+		return nil, person{}, err
 	}
 	started, err := kernel.ProcStartTime(process.PID())
-	if err == nil {
-		err = p.note(state{process.PID(), started})
-	}
 	if err != nil {
-		return errors.Join(err, end(context.Background(), process))
+		return nil, person{}, errors.Join(err, end(context.Background(), process))
 	}
-	p.mu.Lock()
-	old := p.process
-	p.process = process
-	p.mu.Unlock()
-	if old != nil {
-		return old.Close()
-	}
-	return nil
+	return process, person{process.PID(), started}, nil
 }
 
-func (p *Pager) note(s state) error {
-	data, err := json.Marshal(s)
+// note writes the state down; the caller holds mu.
+func (p *Pager) note() error {
+	data, err := json.Marshal(p.state)
 	if err != nil {
 		return err
 	}
@@ -287,6 +391,27 @@ func (p *Pager) watch(ctx context.Context) {
 	}
 }
 
+// watchKeeper starts another keeper whenever one ends.
+func (p *Pager) watchKeeper(ctx context.Context) {
+	for ctx.Err() == nil {
+		p.mu.Lock()
+		keeper := p.keeper
+		p.mu.Unlock()
+		if keeper != nil {
+			if err := keeper.Wait(ctx); err != nil {
+				return // we stop watching
+			}
+			_, _ = keeper.Reap() // unknown where it is not our child
+		}
+		if err := p.spawnKeeper(); err != nil {
+			p.log.Error("keeper of the page server not started, will try again", "err", err)
+		}
+		if !sleep(ctx, longPause) {
+			return
+		}
+	}
+}
+
 func sleep(ctx context.Context, d time.Duration) bool {
 	select {
 	case <-time.After(d):
@@ -307,14 +432,21 @@ func (p *Pager) Close() error {
 	p.mu.Unlock()
 	p.stop()
 	p.wg.Wait()
-	return errors.Join(p.process.Close(), p.dev.Close(), p.slots.Close())
+	return p.letGo()
 }
 
 // Stop ends the server and takes the mount away: what still lies on it is lost.
 func (p *Pager) Stop(ctx context.Context) error {
 	p.stop()
 	p.wg.Wait()
-	return errors.Join(end(ctx, p.process), fuse.Unmount(p.imagesDir()), osfs.Remove("pager-state", p.statePath()), p.Close())
+	var errs []error
+	for _, process := range []*kernel.PidFD{p.process, p.keeper} {
+		if process != nil {
+			errs = append(errs, end(ctx, process))
+		}
+	}
+	errs = append(errs, fuse.Unmount(p.imagesDir()), osfs.Remove("pager-state", p.statePath()), p.Close())
+	return errors.Join(errs...)
 }
 
 // end kills a server and waits until it is gone.

@@ -2,6 +2,7 @@ package pager_test
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"io/fs"
 	"log/slog"
@@ -209,6 +210,98 @@ func TestBothAreGone(t *testing.T) {
 	if err := p.Stop(t.Context()); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestKeeperInAChild is the keeper of another test.
+func TestKeeperInAChild(t *testing.T) {
+	if os.Getenv("PAGER_CHILD") == "" {
+		return // it is another test's process
+	}
+	time.Sleep(time.Hour)
+}
+
+// keeperOf is who keeps, as it is written down.
+func keeperOf(t *testing.T, cfg pager.Config) int {
+	t.Helper()
+	var state struct {
+		Keeper struct {
+			PID int `json:"pid"`
+		} `json:"keeper"`
+	}
+	data, err := os.ReadFile(filepath.Join(cfg.Dir, "pager.json"))
+	if err == nil {
+		err = json.Unmarshal(data, &state)
+	}
+	if err != nil || state.Keeper.PID == 0 {
+		t.Fatalf("%s: %v", data, err)
+	}
+	return state.Keeper.PID
+}
+
+func gone(t *testing.T, process int) {
+	t.Helper()
+	testkit.Eventually(t, 10*time.Second, "it is gone", func() bool {
+		stat, err := kernel.StatProc(process)
+		return err != nil || stat.State == 'Z'
+	})
+}
+
+// TestAnyTwoOfThreeMayDie: who had a file open reads on from it.
+func TestAnyTwoOfThreeMayDie(t *testing.T) {
+	cfg := config(t)
+	cfg.Keeper = []string{os.Args[0], "-test.run=^TestKeeperInAChild$"}
+	p := open(t, cfg)
+	held, err := p.File("150")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = held.Close() }() // nothing was written
+	reads := func() {
+		t.Helper()
+		if err := unix.Fadvise(int(held.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+			t.Fatal(err)
+		}
+		buf := make([]byte, 1_500_000)
+		if _, err := held.ReadAt(buf, 0); err != nil || bytes.Count(buf, []byte{150}) != len(buf) {
+			t.Fatalf("reading on: %v", err)
+		}
+	}
+	kill := func(who int) {
+		t.Helper()
+		if err := unix.Kill(who, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+	}
+	reads()
+	for range 2 { // the holder and the server
+		server := pid(t, cfg)
+		if err := p.Close(); err != nil {
+			t.Fatal(err)
+		}
+		kill(server)
+		gone(t, server)
+		p = open(t, cfg)
+		reads()
+	}
+	server, keeper := pid(t, cfg), keeperOf(t, cfg)
+	kill(keeper)
+	kill(server)
+	reads()
+	testkit.Eventually(t, 10*time.Second, "another keeper", func() bool { return keeperOf(t, cfg) != keeper })
+	keeper = keeperOf(t, cfg)
+	if err := p.Close(); err != nil { // the holder and the keeper
+		t.Fatal(err)
+	}
+	kill(keeper)
+	gone(t, keeper)
+	p = open(t, cfg)
+	reads()
+	server, keeper = pid(t, cfg), keeperOf(t, cfg)
+	if err := p.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+	gone(t, server)
+	gone(t, keeper)
 }
 
 func TestDamageIsTold(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -19,12 +20,18 @@ import (
 // without rights, with what it works on in two descriptors; nobody types it.
 func newPagerCommand() *cobra.Command {
 	var store string
+	var keep bool
 	cmd := &cobra.Command{
 		Use:    "pager --store DIR",
 		Short:  "Serve the images of a snapshot store to VMs (started by the server)",
 		Hidden: true,
 		Args:   args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if keep { // and nothing else, until it is killed
+				for {
+					time.Sleep(time.Hour)
+				}
+			}
 			if store == "" {
 				return usage(cmd, "--store is missing")
 			}
@@ -32,6 +39,7 @@ func newPagerCommand() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&store, "store", "", "folder of the snapshot store")
+	cmd.Flags().BoolVar(&keep, "keep", false, "serve nothing, only keep what a page server works on")
 	return cmd
 }
 

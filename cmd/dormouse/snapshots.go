@@ -45,7 +45,7 @@ func openSnapshots(ctx context.Context, inst instance, d disks, log *slog.Logger
 		return snapshots{}, err
 	}
 	pages, err := pager.Open(ctx, pager.Config{
-		Dir: inst.pagerDir(), Command: []string{self, "pager", "--store", inst.snapshotsDir()},
+		Dir: inst.pagerDir(), Command: []string{self, "pager", "--store", inst.snapshotsDir()}, Keeper: []string{self, "pager", "--keep"},
 		UID: inst.pagerUID(), GID: inst.pagerUID(), Log: log,
 	})
 	if sandbox.Is(err, sandbox.KindUnsupported) {
