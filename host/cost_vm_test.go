@@ -208,7 +208,7 @@ with open("/tmp/drawn", "w") as f:
 	}
 }
 
-// notInALab leaves a test whose VMs have nothing to do with KVM to make check-all.
+// notInALab leaves a test that takes minutes there to make check-all.
 func notInALab(t *testing.T) {
 	t.Helper()
 	if testkit.Accelerator() != "tcg" {

@@ -234,6 +234,7 @@ func restoreHarness(t *testing.T, k *keeper) vmmtest.Harness {
 // TestMemoryIsTrueThroughSnapshots: every page, in every generation, from inside
 // and from outside.
 func TestMemoryIsTrueThroughSnapshots(t *testing.T) {
+	notInALab(t) // where the conformance suite goes through generations
 	k := newKeeper(t)
 	h := restoreHarness(t, k)
 	if testkit.Accelerator() != "tcg" { // a lab

@@ -68,6 +68,9 @@ func tryWith(t *testing.T, binary string, silence, limit time.Duration) string {
 }
 
 func TestAProbeThatReachesItsFirstProcessSucceeds(t *testing.T) {
+	if testkit.Accelerator() != "tcg" {
+		testkit.Long(t, "what stands in for KVM is emulated, in a lab that is")
+	}
 	khz, err := kernel.TSCkHz()
 	if err != nil {
 		t.Fatal(err)

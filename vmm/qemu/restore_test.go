@@ -164,6 +164,9 @@ func TestEveryStepOfASaveFailsOnce(t *testing.T) {
 	if !fault.Enabled {
 		t.Skip("a release has no failpoints")
 	}
+	if testkit.Accelerator() != "tcg" {
+		testkit.Long(t, "they fail in our part, whatever the accelerator is")
+	}
 	d, s := driver(t), spec(t, string(vmmtest.Remember), nil)
 	m := boot(t, d, s, vmmtest.Remembers)
 	do(t, m.Freeze(t.Context()))
