@@ -245,6 +245,7 @@ func TestMemoryIsTrueThroughSnapshots(t *testing.T) {
 
 // TestADamagedPageEndsTheVM, and no other byte is given for it.
 func TestADamagedPageEndsTheVM(t *testing.T) {
+	notInALab(t)
 	k := newKeeper(t)
 	h := restoreHarness(t, k)
 	d, spec := h.Driver(t), h.Spec(t, vmmtest.Remember)

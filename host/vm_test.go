@@ -291,6 +291,7 @@ func TestRealVM(t *testing.T) {
 // TestRealPause takes a real VM through pauses, a snapshot and a fork: processes
 // and files go on where they were.
 func TestRealPause(t *testing.T) {
+	notInALab(t)
 	r := realSandboxes{t, realHost(t)}
 	ctx, agent := t.Context(), r.agent
 	id := r.create("base", 512)
