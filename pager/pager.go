@@ -69,25 +69,43 @@ type Pager struct {
 	stop context.CancelFunc // the watching, not the server
 	wg   sync.WaitGroup
 
-	mu      sync.Mutex
-	process *kernel.PidFD // the server
-	keeper  *kernel.PidFD // nil where there is none
-	state   state
-	closed  bool
+	mu     sync.Mutex // guards what is below
+	server role
+	keeper role
+	state  state
+	closed bool
 }
 
-// state is what finds a running server again, or its keeper.
+// role is what a process of ours is there for.
+type role struct {
+	name    string
+	command []string // empty: there is nobody
+	process *kernel.PidFD
+	written func(*state) *identity // where it is written down
+}
+
+// state is what finds the processes again: the server, and its keeper.
 type state struct {
-	PID       int     `json:"pid"`
-	StartTime uint64  `json:"start_time"`
-	Keeper    *person `json:"keeper,omitempty"`
+	identity
+	Keeper identity `json:"keeper,omitzero"`
 }
 
-// person is a process that a number alone does not name.
-type person struct {
+// identity is a process; its number alone does not name it.
+type identity struct {
 	PID       int    `json:"pid"`
 	StartTime uint64 `json:"start_time"`
 }
+
+func newPager(cfg Config, log *slog.Logger) *Pager {
+	return &Pager{
+		cfg: cfg, log: log, stop: func() {},
+		server: role{"page server", cfg.Command, nil, func(s *state) *identity { return &s.identity }},
+		keeper: role{"keeper of the page server", cfg.Keeper, nil, func(s *state) *identity { return &s.Keeper }},
+	}
+}
+
+// roles are both; the server comes first.
+func (p *Pager) roles() []*role { return []*role{&p.server, &p.keeper} }
 
 // Open takes a running server over, or mounts and starts one.
 func Open(ctx context.Context, cfg Config) (_ *Pager, err error) {
@@ -105,30 +123,32 @@ func Open(ctx context.Context, cfg Config) (_ *Pager, err error) {
 	if err := errors.Join(osfs.MkdirAll("pager-dir", cfg.Dir, 0o711), os.Chmod(cfg.Dir, 0o711)); err != nil { // whatever the umask
 		return nil, err
 	}
-	p := &Pager{cfg: cfg, log: cfg.Log}
-	switch err := p.adopt(); {
-	case err == nil && p.process != nil:
-		p.log.Info("page server adopted", "pid", p.process.PID())
-	case err == nil:
-		p.log.Warn("page server is gone, another one is started on what was kept", "keeper", p.keeper.PID())
-		if err := p.spawn(); err != nil {
-			return nil, errors.Join(err, p.letGo())
-		}
-	case errors.Is(err, kernel.ErrGone), errors.Is(err, fs.ErrNotExist):
-		if err := p.begin(ctx); err != nil {
-			return nil, err
-		}
-	default:
+	p := newPager(cfg, cfg.Log)
+	err = p.adopt()
+	if errors.Is(err, kernel.ErrGone) || errors.Is(err, fs.ErrNotExist) {
+		err = p.mount(ctx)
+	}
+	if err != nil {
 		return nil, err
 	}
-	if err := p.spawnKeeper(); err != nil { // the watch tries again
-		p.log.Error("keeper of the page server not started, will try again", "err", err)
+	if p.server.process == nil {
+		if err := p.replace(&p.server); err != nil {
+			return nil, errors.Join(err, p.abandon(ctx))
+		}
+	} else {
+		p.log.Info("page server adopted", "pid", p.server.process.PID())
 	}
-	watching, stop := context.WithCancel(context.WithoutCancel(ctx))
-	p.stop = stop
-	p.wg.Go(func() { p.watch(watching) })
-	if len(cfg.Keeper) > 0 {
-		p.wg.Go(func() { p.watchKeeper(watching) })
+	if len(cfg.Keeper) > 0 && p.keeper.process == nil {
+		if err := p.replace(&p.keeper); err != nil { // it is not needed to serve
+			p.log.Error(p.keeper.name+" not started, will try again", "err", err)
+		}
+	}
+	var watching context.Context
+	watching, p.stop = context.WithCancel(context.WithoutCancel(ctx))
+	for _, r := range p.roles() {
+		if len(r.command) > 0 {
+			p.wg.Go(func() { p.watch(watching, r) })
+		}
 	}
 	return p, nil
 }
@@ -154,8 +174,8 @@ func (p *Pager) Damaged(name string) bool {
 	return err == nil
 }
 
-// adopt takes over the server that an earlier process started, or, if that is gone,
-// what its keeper has: then p.process is nil.
+// adopt takes over what an earlier process had: from the server that it started,
+// or if that is gone, from its keeper.
 func (p *Pager) adopt() (err error) {
 	data, err := osfs.ReadFileLimit(p.statePath(), maxState)
 	if err != nil {
@@ -169,27 +189,34 @@ func (p *Pager) adopt() (err error) {
 			err = errors.Join(err, p.letGo())
 		}
 	}()
-	if k := p.state.Keeper; k != nil {
-		if p.keeper, err = kernel.OpenProcess(k.PID, k.StartTime); err != nil && !errors.Is(err, kernel.ErrGone) {
+	for _, r := range p.roles() {
+		who := r.written(&p.state)
+		if *who == (identity{}) {
+			continue
+		}
+		process, err := kernel.OpenProcess(who.PID, who.StartTime)
+		if errors.Is(err, kernel.ErrGone) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		r.process = process
+		if p.dev != nil {
+			continue
+		}
+		err = p.takeOver(process)
+		if errors.Is(err, kernel.ErrGone) { // it is just ending
+			r.process, err = nil, process.Close()
+		}
+		if err != nil {
 			return err
 		}
 	}
-	p.process, err = kernel.OpenProcess(p.state.PID, p.state.StartTime)
-	if err == nil {
-		if err = p.takeOver(p.process); err == nil {
-			return nil
-		}
+	if p.dev == nil {
+		return fmt.Errorf("server and keeper: %w", kernel.ErrGone)
 	}
-	if p.keeper == nil {
-		return err
-	}
-	if p.process != nil { // it was ending
-		if err := p.process.Close(); err != nil {
-			return err
-		}
-		p.process = nil
-	}
-	return p.takeOver(p.keeper)
+	return nil
 }
 
 // takeOver gets duplicates of what a process has.
@@ -209,105 +236,81 @@ func (p *Pager) takeOver(from *kernel.PidFD) error {
 // letGo closes everything that is held.
 func (p *Pager) letGo() error {
 	var errs []error
-	for _, process := range []*kernel.PidFD{p.process, p.keeper} {
-		if process != nil {
-			errs = append(errs, process.Close())
+	for _, r := range p.roles() {
+		if r.process != nil {
+			errs = append(errs, r.process.Close())
 		}
+		r.process = nil
 	}
 	for _, file := range []*os.File{p.dev, p.slots} {
 		if file != nil {
 			errs = append(errs, file.Close())
 		}
 	}
-	p.process, p.keeper, p.dev, p.slots, p.state = nil, nil, nil, nil, state{}
+	p.dev, p.slots, p.state = nil, nil, state{}
 	return errors.Join(errs...)
 }
 
-// begin mounts and starts the first server. A mount that nobody serves any more
-// is taken away first: what lay on it is lost.
-func (p *Pager) begin(ctx context.Context) (err error) {
+// abandon undoes an Open. A mount that a keeper has is left to the next one.
+func (p *Pager) abandon(ctx context.Context) error {
+	if p.keeper.process != nil {
+		return p.letGo()
+	}
+	return p.Stop(ctx)
+}
+
+// mount makes what a server works with. A mount that nobody serves any more is
+// taken away first: what lay on it is lost.
+func (p *Pager) mount(ctx context.Context) (err error) {
+	if err := errors.Join(fuse.Unmount(p.imagesDir()), osfs.MkdirAll("pager-dir", p.imagesDir(), 0o700)); err != nil {
+		return err
+	}
 	var u undo.Stack
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, u.Run(ctx))
 		}
 	}()
-	if err := errors.Join(fuse.Unmount(p.imagesDir()), osfs.MkdirAll("pager-dir", p.imagesDir(), 0o700)); err != nil {
-		return err
-	}
 	if p.slots, err = fuse.NewSlots(); err != nil {
 		return err
 	}
 	u.PushClose("slots", p.slots.Close)
-	if p.dev, err = fuse.Mount(p.imagesDir()); err != nil {
-		return err
-	}
-	u.PushClose("mount", func() error { return errors.Join(fuse.Unmount(p.imagesDir()), p.dev.Close()) })
-	return p.spawn()
+	p.dev, err = fuse.Mount(p.imagesDir())
+	return err
 }
 
-// spawn starts a server and writes down who it is.
-func (p *Pager) spawn() error {
-	process, who, err := p.start(p.cfg.Command)
+// replace starts a process for a role and writes down who it is.
+func (p *Pager) replace(r *role) error {
+	process, who, err := p.start(r.command)
 	if err != nil {
-		return fmt.Errorf("start page server: %w", err)
+		return fmt.Errorf("start the %s: %w", r.name, err)
 	}
 	p.mu.Lock()
-	p.state.PID, p.state.StartTime = who.PID, who.StartTime
-	err = p.note()
-	old := p.process
-	if err == nil {
-		p.process = process
+	next, before := p.state, r.process
+	*r.written(&next) = who
+	if err = p.note(next); err == nil {
+		p.state, r.process = next, process
 	}
 	p.mu.Unlock()
-	if err != nil {
+	switch {
+	case err != nil:
 		return errors.Join(err, end(context.Background(), process))
-	}
-	if old != nil {
-		return old.Close()
-	}
-	return nil
-}
-
-// spawnKeeper starts a keeper if there is to be one and is none.
-func (p *Pager) spawnKeeper() error {
-	p.mu.Lock()
-	have := p.keeper != nil && !p.keeper.Exited()
-	p.mu.Unlock()
-	if have || len(p.cfg.Keeper) == 0 {
-		return nil
-	}
-	process, who, err := p.start(p.cfg.Keeper)
-	if err != nil {
-		return fmt.Errorf("start keeper: %w", err)
-	}
-	p.mu.Lock()
-	p.state.Keeper = &who
-	err = p.note()
-	old := p.keeper
-	if err == nil {
-		p.keeper = process
-	}
-	p.mu.Unlock()
-	if err != nil {
-		return errors.Join(err, end(context.Background(), process))
-	}
-	if old != nil {
-		return old.Close()
+	case before != nil:
+		return before.Close()
 	}
 	return nil
 }
 
 // start starts a process with what a server works with.
-func (p *Pager) start(command []string) (*kernel.PidFD, person, error) {
+func (p *Pager) start(command []string) (*kernel.PidFD, identity, error) {
 	output, err := p.openLog()
 	if err != nil {
-		return nil, person{}, err
+		return nil, identity{}, err
 	}
 	defer func() { _ = output.Close() }() // the process has its own
 	null, err := os.Open(os.DevNull)
 	if err != nil {
-		return nil, person{}, err
+		return nil, identity{}, err
 	}
 	defer func() { _ = null.Close() }() // nothing was written
 	pidfd := -1
@@ -320,22 +323,21 @@ func (p *Pager) start(command []string) (*kernel.PidFD, person, error) {
 		Files: []*os.File{null, output, output, p.dev, p.slots},
 	})
 	if err != nil {
-		return nil, person{}, err
+		return nil, identity{}, err
 	}
 	process, err := kernel.HoldChild(child, pidfd)
 	if err != nil {
-		return nil, person{}, err
+		return nil, identity{}, err
 	}
 	started, err := kernel.ProcStartTime(process.PID())
 	if err != nil {
-		return nil, person{}, errors.Join(err, end(context.Background(), process))
+		return nil, identity{}, errors.Join(err, end(context.Background(), process))
 	}
-	return process, person{process.PID(), started}, nil
+	return process, identity{process.PID(), started}, nil
 }
 
-// note writes the state down; the caller holds mu.
-func (p *Pager) note() error {
-	data, err := json.Marshal(p.state)
+func (p *Pager) note(s state) error {
+	data, err := json.Marshal(s)
 	if err != nil {
 		return err
 	}
@@ -358,56 +360,38 @@ func (p *Pager) openLog() (*os.File, error) {
 	return os.OpenFile(path, flags, 0o600)
 }
 
-// watch starts another server whenever one ends.
-func (p *Pager) watch(ctx context.Context) {
+// watch starts another process whenever the one of a role ends, and the first if
+// there is none.
+func (p *Pager) watch(ctx context.Context, r *role) {
 	pause, short := firstPause, 0
 	for {
 		p.mu.Lock()
-		process := p.process
+		process := r.process
 		p.mu.Unlock()
-		began := time.Now()
-		if err := process.Wait(ctx); err != nil {
-			return // we stop watching, or it is being stopped
-		}
-		status, _ := process.Reap() // unknown where it is not our child
-		p.log.Warn("page server ended, another one is started", "pid", process.PID(), "status", status)
-		if time.Since(began) > longPause {
-			pause, short = firstPause, 0
-		} else if short++; short > 1 { // it cannot live: that it is tried again must not cost all of the machine
-			if pause = min(2*pause, longPause); !sleep(ctx, pause) {
-				return
+		if process != nil {
+			began := time.Now()
+			if err := process.Wait(ctx); err != nil {
+				return // we stop watching, or it is being stopped
+			}
+			status, _ := process.Reap() // unknown where it is not our child
+			p.log.Warn(r.name+" ended, another one is started", "pid", process.PID(), "status", status)
+			if time.Since(began) > longPause {
+				pause, short = firstPause, 0
+			} else if short++; short > 1 { // it cannot live: that it is tried again must not cost all of the machine
+				if pause = min(2*pause, longPause); !sleep(ctx, pause) {
+					return
+				}
 			}
 		}
 		for {
-			if err := p.spawn(); err == nil {
+			err := p.replace(r)
+			if err == nil {
 				break
-			} else {
-				p.log.Error("page server not started, will try again", "err", err)
 			}
+			p.log.Error(r.name+" not started, will try again", "err", err)
 			if pause = min(2*pause, longPause); !sleep(ctx, pause) {
 				return
 			}
-		}
-	}
-}
-
-// watchKeeper starts another keeper whenever one ends.
-func (p *Pager) watchKeeper(ctx context.Context) {
-	for ctx.Err() == nil {
-		p.mu.Lock()
-		keeper := p.keeper
-		p.mu.Unlock()
-		if keeper != nil {
-			if err := keeper.Wait(ctx); err != nil {
-				return // we stop watching
-			}
-			_, _ = keeper.Reap() // unknown where it is not our child
-		}
-		if err := p.spawnKeeper(); err != nil {
-			p.log.Error("keeper of the page server not started, will try again", "err", err)
-		}
-		if !sleep(ctx, longPause) {
-			return
 		}
 	}
 }
@@ -440,9 +424,9 @@ func (p *Pager) Stop(ctx context.Context) error {
 	p.stop()
 	p.wg.Wait()
 	var errs []error
-	for _, process := range []*kernel.PidFD{p.process, p.keeper} {
-		if process != nil {
-			errs = append(errs, end(ctx, process))
+	for _, r := range p.roles() {
+		if r.process != nil {
+			errs = append(errs, end(ctx, r.process))
 		}
 	}
 	errs = append(errs, fuse.Unmount(p.imagesDir()), osfs.Remove("pager-state", p.statePath()), p.Close())
@@ -463,7 +447,7 @@ func end(ctx context.Context, process *kernel.PidFD) error {
 
 // Sweep takes away what is left of a server and its mount that nobody holds.
 func Sweep(ctx context.Context, dir string) error {
-	p := &Pager{cfg: Config{Dir: dir}, log: slog.New(slog.DiscardHandler), stop: func() {}}
+	p := newPager(Config{Dir: dir}, slog.New(slog.DiscardHandler))
 	err := p.adopt()
 	if err == nil {
 		return p.Stop(ctx)

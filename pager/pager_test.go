@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/dormouse-sandbox/dormouse/internal/fault"
 	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/pager"
@@ -302,6 +303,66 @@ func TestAnyTwoOfThreeMayDie(t *testing.T) {
 	}
 	gone(t, server)
 	gone(t, keeper)
+}
+
+// TestServesWithoutItsKeeper: one that cannot be started is tried again and again,
+// and nobody waits for it.
+func TestServesWithoutItsKeeper(t *testing.T) {
+	cfg := config(t)
+	cfg.Keeper = []string{filepath.Join(t.TempDir(), "keeper")}
+	p := open(t, cfg)
+	right(t, p, 3)
+	self, err := os.Executable()
+	if err == nil {
+		err = os.Symlink(self, cfg.Keeper[0])
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	testkit.Eventually(t, 10*time.Second, "a keeper", func() bool {
+		data, err := os.ReadFile(filepath.Join(cfg.Dir, "pager.json"))
+		return err == nil && strings.Contains(string(data), "keeper")
+	})
+	if err := p.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestOpenFailsAt: who they are cannot be written down. Nothing is left of a server
+// that was not; a keeper that was not is another's work.
+func TestOpenFailsAt(t *testing.T) {
+	for _, step := range []string{"create", "write", "fsync", "rename", "fsync-dir"} {
+		for nth, of := range []string{"the server", "the keeper"} {
+			t.Run(of+"/"+step, func(t *testing.T) {
+				cfg := config(t)
+				cfg.Keeper = []string{os.Args[0], "-test.run=^TestKeeperInAChild$"}
+				defer fault.Set("osfs/pager-state/"+step, fault.Nth(nth+1, fault.Fail))()
+				p, err := pager.Open(t.Context(), cfg)
+				if nth == 0 {
+					if !errors.Is(err, fault.ErrInjected) {
+						t.Fatalf("it is %v", err)
+					}
+					if mounts, err := os.ReadFile("/proc/self/mounts"); err != nil || strings.Contains(string(mounts), cfg.Dir) {
+						t.Errorf("still mounted (%v)", err)
+					}
+					p = open(t, cfg)
+				} else if err != nil {
+					t.Fatal(err)
+				}
+				right(t, p, 5)
+				testkit.Eventually(t, 10*time.Second, "a keeper", func() bool {
+					data, err := os.ReadFile(filepath.Join(cfg.Dir, "pager.json"))
+					return err == nil && strings.Contains(string(data), "keeper")
+				})
+				server, keeper := pid(t, cfg), keeperOf(t, cfg)
+				if err := p.Stop(t.Context()); err != nil {
+					t.Error(err)
+				}
+				gone(t, server)
+				gone(t, keeper)
+			})
+		}
+	}
 }
 
 func TestDamageIsTold(t *testing.T) {
