@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -26,6 +27,8 @@ import (
 const (
 	DeviceFD = 3 // /dev/fuse, mounted and introduced
 	SlotsFD  = 4 // see fuse.Slots
+
+	programFD = 5 // the program itself
 )
 
 const (
@@ -313,14 +316,19 @@ func (p *Pager) start(command []string) (*kernel.PidFD, identity, error) {
 		return nil, identity{}, err
 	}
 	defer func() { _ = null.Close() }() // nothing was written
+	program, err := openProgram(command[0])
+	if err != nil {
+		return nil, identity{}, err
+	}
+	defer func() { _ = program.Close() }() // it is only run
 	pidfd := -1
 	sys := &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd}
 	if p.cfg.UID != 0 {
 		sys.Credential = &syscall.Credential{Uid: uint32(p.cfg.UID), Gid: uint32(p.cfg.GID)}
 	}
-	child, err := os.StartProcess(command[0], command, &os.ProcAttr{
+	child, err := os.StartProcess("/proc/self/fd/"+strconv.Itoa(programFD), command, &os.ProcAttr{
 		Dir: "/", Env: environment(), Sys: sys,
-		Files: []*os.File{null, output, output, p.dev, p.slots},
+		Files: []*os.File{null, output, output, p.dev, p.slots, program},
 	})
 	if err != nil {
 		return nil, identity{}, err
@@ -334,6 +342,23 @@ func (p *Pager) start(command []string) (*kernel.PidFD, identity, error) {
 		return nil, identity{}, errors.Join(err, end(context.Background(), process))
 	}
 	return process, identity{process.PID(), started}, nil
+}
+
+// openProgram opens what is run as another user: by its descriptor, for the user
+// may pass through none of the directories above it. Homes are like that.
+func openProgram(path string) (*os.File, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && info.Mode().Perm()&0o001 == 0 {
+		err = fmt.Errorf("%s has mode %v: everybody must be allowed to execute it", path, info.Mode().Perm())
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
 }
 
 func (p *Pager) note(s state) error {

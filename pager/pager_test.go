@@ -305,6 +305,38 @@ func TestAnyTwoOfThreeMayDie(t *testing.T) {
 	gone(t, keeper)
 }
 
+// TestProgramInAHome: its user may not come to where the program lies, and needs not.
+func TestProgramInAHome(t *testing.T) {
+	cfg := config(t)
+	program := filepath.Join(t.TempDir(), "home", "program")
+	data, err := os.ReadFile(os.Args[0])
+	if err == nil {
+		err = os.Mkdir(filepath.Dir(program), 0o700)
+	}
+	if err == nil {
+		err = os.WriteFile(program, data, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.Command[0], cfg.Keeper = program, []string{program, "-test.run=^TestKeeperInAChild$"}
+	cfg.UID, cfg.GID = 65533, 65533
+	p := open(t, cfg)
+	right(t, p, 3)
+	if keeperOf(t, cfg) == 0 {
+		t.Error("there is no keeper")
+	}
+	if err := p.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := os.Chmod(program, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pager.Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), program+" has mode -rwx------") {
+		t.Errorf("a program that nobody else may execute: %v", err)
+	}
+}
+
 // TestServesWithoutItsKeeper: one that cannot be started is tried again and again,
 // and nobody waits for it.
 func TestServesWithoutItsKeeper(t *testing.T) {

@@ -29,9 +29,6 @@ var build = sync.OnceValues(func() (Binaries, error) {
 	if err != nil {
 		return Binaries{}, err
 	}
-	if err := os.Chmod(dir, 0o755); err != nil {
-		return Binaries{}, err
-	}
 	root, err := moduleRoot()
 	if err != nil {
 		return Binaries{}, err
