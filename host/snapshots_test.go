@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -70,6 +71,61 @@ func TestSnapshotKilledAt(t *testing.T) {
 			r.wholeOrNone("kept", model)
 			r.settles(id, nil)
 			r.goesOn(id, model)
+		})
+	}
+}
+
+// TestDeleteSnapshotFailsAtAndKilledAt: the snapshot is whole or gone, and asking
+// again is enough.
+func TestDeleteSnapshotFailsAtAndKilledAt(t *testing.T) {
+	kept := func(t *testing.T) (*snapshotRig, truth) {
+		t.Helper()
+		r := newSnapshotRig(t)
+		r.open()
+		id, model := r.mustCreate(), newTruth()
+		r.fill(id, 3, 'a', model)
+		if _, _, err := r.agent.Snapshot(t.Context(), string(id), "kept", nil); err != nil {
+			t.Fatal(err)
+		}
+		return r, model
+	}
+	observed, _ := kept(t)
+	points := pointsOf(func() {
+		if err := observed.agent.DeleteSnapshot(t.Context(), "kept"); err != nil {
+			t.Fatal(err)
+		}
+	})
+	points = slices.DeleteFunc(points, func(p string) bool { return strings.Contains(p, "snapshot-collect") }) // in the background
+	if !slices.Contains(points, "host/snapshot/delete") || !slices.Contains(points, "osfs/snapshot-ref/remove") {
+		t.Fatalf("a delete passes only %v", points)
+	}
+	gone := func(r *snapshotRig, model truth) {
+		r.t.Helper()
+		r.wholeOrNone("kept", model)
+		if err := r.agent.DeleteSnapshot(r.t.Context(), "kept"); err != nil {
+			r.t.Error(err)
+		}
+		if list, err := r.agent.Snapshots(); err != nil || len(list) > 0 {
+			r.t.Errorf("left are %+v, %v", list, err)
+		}
+	}
+	for _, point := range points {
+		t.Run(point, func(t *testing.T) {
+			r, model := kept(t)
+			defer fault.Set(point, fault.Nth(1, fault.Fail))()
+			err := r.agent.DeleteSnapshot(t.Context(), "kept")
+			fault.Set(point, nil)
+			if !errors.Is(err, fault.ErrInjected) {
+				t.Errorf("%v, want the injected fault", err)
+			}
+			gone(r, model)
+		})
+		t.Run("killed at "+point, func(t *testing.T) {
+			r, model := kept(t)
+			r.killAt(point, func(dying *host.Agent) {
+				_ = dying.DeleteSnapshot(context.Background(), "kept") // it died
+			})
+			gone(r, model)
 		})
 	}
 }
