@@ -212,12 +212,11 @@ func (b *Builder) Publish(ctx context.Context) (_ *Pin, err error) {
 	defer unlock()
 	var fresh *LayerRef
 	if b.writer != nil {
-		ref, err := b.writer.publish(b.store.layersDir())
+		ref, err := b.store.publishLayer(b.writer)
 		if err != nil {
 			return nil, fmt.Errorf("layer: %w", err)
 		}
 		b.writer = nil
-		b.store.forget(ref.Digest) // a damaged one may have been open
 		fresh = &ref
 		b.stats.Bytes += ref.Blocks*BlockBytes + tailBytes(ref.Blocks)
 	}

@@ -87,7 +87,7 @@ func (s *Store) rewrite(ctx context.Context, image *Image, keep int) (_ *Pin, er
 		m.Layers = append(m.Layers, old.Layers[keep])
 	}
 	if w.blocks > 0 {
-		ref, err := w.publish(s.layersDir())
+		ref, err := s.publishLayer(w)
 		if err != nil {
 			return nil, err
 		}

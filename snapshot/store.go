@@ -143,6 +143,16 @@ func (s *Store) Pin(d Digest) (*Pin, error) {
 	return s.pin(d), nil
 }
 
+// publishLayer publishes a layer, in place of what may be there: that may be
+// damaged, and open.
+func (s *Store) publishLayer(w *layerWriter) (LayerRef, error) {
+	ref, err := w.publish(s.layersDir())
+	if err == nil {
+		s.forget(ref.Digest)
+	}
+	return ref, err
+}
+
 // writeManifest publishes a manifest; one that is there already stays.
 func (s *Store) writeManifest(d Digest, data []byte) error {
 	return writeOnce("snapshot-manifest", s.manifestPath(d), data)

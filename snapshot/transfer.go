@@ -197,12 +197,14 @@ func (s *Store) fetchLayer(ctx context.Context, from blob.Store, d Digest) (err 
 		return err
 	}
 	defer func() { err = errors.Join(err, r.Close()) }()
-	return osfs.Replace("snapshot-fetch", s.LayerPath(d), 0o444, func(f *os.File) error {
+	err = osfs.Replace("snapshot-fetch", s.LayerPath(d), 0o444, func(f *os.File) error {
 		if _, err := io.Copy(f, r); err != nil {
 			return err
 		}
 		return checkWhole(ctx, f.Name(), d)
 	})
+	s.forget(d) // what was there may be open; after an error it may be replaced all the same
+	return err
 }
 
 // checkWhole reads a layer's file to its last byte.
@@ -284,11 +286,7 @@ func (s *Store) replace(ctx context.Context, from blob.Store, x Damage) error {
 	}
 	switch filepath.Ext(x.File) {
 	case layerSuffix:
-		if err := s.fetchLayer(ctx, from, x.Digest); err != nil {
-			return err
-		}
-		s.forget(x.Digest)
-		return nil
+		return s.fetchLayer(ctx, from, x.Digest)
 	case manifestSuffix:
 		_, data, err := fetchManifest(ctx, from, x.Digest)
 		if err != nil {

@@ -161,6 +161,64 @@ func TestRepairBelowAnOpenImage(t *testing.T) {
 	holds(t, s, "it", flat)
 }
 
+// TestPullBelowAnOpenImage: what is fetched in place of a damaged layer is what
+// the next image reads, though another one has the damaged file open.
+func TestPullBelowAnOpenImage(t *testing.T) {
+	dir, flat, blobs := pushed(t)
+	s := open(t, dir)
+	ref, err := s.Ref("it")
+	if err != nil {
+		t.Fatal(err)
+	}
+	image, err := s.Image(ref.Manifests["memory"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := image.Layer(0).Path()
+	if err := errors.Join(os.Chmod(path, 0o600), os.Truncate(path, 30)); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Pull(t.Context(), blobs, "it"); err != nil {
+		t.Fatal(err)
+	}
+	holds(t, s, "it", flat)
+	if err := image.Close(); err != nil {
+		t.Error(err)
+	}
+	holds(t, s, "it", flat)
+}
+
+// TestFlattenBelowAnOpenImage: likewise, of a layer that is written anew.
+func TestFlattenBelowAnOpenImage(t *testing.T) {
+	s := open(t, t.TempDir())
+	l := newLine(t, s, 400, 3)
+	for generation := 1; generation <= 4; generation++ {
+		l.next(generation)
+	}
+	pin, err := s.Flatten(t.Context(), l.pin.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pin.Release()
+	before, err := s.Image(pin.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fresh := before.Layer(len(before.Manifest().Layers) - 1).Path() // the one that Flatten has written
+	if err := errors.Join(os.Chmod(fresh, 0o600), os.Truncate(fresh, 30)); err != nil {
+		t.Fatal(err)
+	}
+	l.flatten()
+	if l.pin.Digest != pin.Digest {
+		t.Fatal("the second time it is another manifest")
+	}
+	l.check()
+	if err := before.Close(); err != nil {
+		t.Error(err)
+	}
+	l.check()
+}
+
 // TestCollectDuringPull: what is announced and not here yet is no reason to
 // delete nothing.
 func TestCollectDuringPull(t *testing.T) {
