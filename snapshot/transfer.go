@@ -214,16 +214,7 @@ func checkWhole(ctx context.Context, path string, d Digest) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
-	var buf [chunkBytes]byte
-	for chunk := range int64(len(l.chunks)) {
-		if err := ctx.Err(); err != nil {
-			return context.Cause(ctx)
-		}
-		if _, err := l.verify(chunk, &buf); err != nil {
-			return err
-		}
-	}
-	return nil
+	return l.verifyAll(ctx, func(_ int, err error) error { return err })
 }
 
 func (s *Store) fetchObject(ctx context.Context, from blob.Store, d Digest) error {
@@ -294,12 +285,5 @@ func (s *Store) replace(ctx context.Context, from blob.Store, x Damage) error {
 		}
 		return osfs.WriteFile("snapshot-fetch", x.File, data, 0o444)
 	}
-	data, err := fetch(ctx, from, objectKey(x.Digest), maxObjectBytes)
-	if err != nil {
-		return err
-	}
-	if DigestOf(data) != x.Digest {
-		return fmt.Errorf("fetch %s: it is not what was written", objectKey(x.Digest))
-	}
-	return osfs.WriteFile("snapshot-fetch", x.File, data, 0o444)
+	return s.fetchObject(ctx, from, x.Digest)
 }

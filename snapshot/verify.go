@@ -94,23 +94,27 @@ func (v *verifier) layer(ctx context.Context, d Digest, needed bool) (err error)
 		return nil
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
-	return l.verifyAll(ctx, func(bytes int, err error) {
+	return l.verifyAll(ctx, func(bytes int, err error) error {
 		v.report.Bytes += int64(bytes)
 		if err != nil {
 			v.damaged(d, path, err)
 		}
+		return nil
 	})
 }
 
-// verifyAll reads every chunk of a layer, and says how much is good or what is not.
-func (l *Layer) verifyAll(ctx context.Context, found func(bytes int, err error)) error {
+// verifyAll reads every chunk of a layer, and says how much is good or what is not,
+// until found returns an error.
+func (l *Layer) verifyAll(ctx context.Context, found func(bytes int, err error) error) error {
 	var buf [chunkBytes]byte
 	for chunk := range int64(len(l.chunks)) {
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
 		}
 		data, err := l.verify(chunk, &buf)
-		found(len(data), err)
+		if err := found(len(data), err); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -124,10 +128,11 @@ func (r *Reader) VerifyLayer(ctx context.Context, d Digest) (err error) {
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
 	var damage []error
-	err = l.verifyAll(ctx, func(_ int, err error) {
+	err = l.verifyAll(ctx, func(_ int, err error) error {
 		if err != nil && len(damage) < maxLayerDamage {
 			damage = append(damage, err)
 		}
+		return nil
 	})
 	return errors.Join(append(damage, err)...)
 }
