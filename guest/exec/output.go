@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	processv1 "github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/process"
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 )
 
 // A process that writes much in small pieces would cost a message for each. So
@@ -105,9 +106,7 @@ func pending(fd int) int {
 
 // waiting is pending for a file.
 func waiting(f *os.File) (n int) {
-	if conn, err := f.SyscallConn(); err == nil {
-		_ = conn.Control(func(fd uintptr) { n = pending(int(fd)) }) // closed: nothing waits
-	}
+	_ = kernel.WithFD(f, func(fd int) error { n = pending(fd); return nil }) // closed: nothing waits
 	return n
 }
 

@@ -6,6 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	processv1 "github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/process"
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 )
 
 // streams are what connects a command with us: three pipes, or a terminal.
@@ -50,9 +51,10 @@ func openPipes(stdin bool) (*streams, error) {
 // widen makes a pipe hold more than its 64 KiB, so that a busy command and the
 // agent take turns less often. The kernel may refuse: it is only faster.
 func widen(f *os.File) {
-	if conn, err := f.SyscallConn(); err == nil {
-		_ = conn.Control(func(fd uintptr) { _, _ = unix.FcntlInt(fd, unix.F_SETPIPE_SZ, maxChunk) })
-	}
+	_ = kernel.WithFD(f, func(fd int) error {
+		_, err := unix.FcntlInt(uintptr(fd), unix.F_SETPIPE_SZ, maxChunk)
+		return err
+	})
 }
 
 // give makes the command's user the owner of its streams: a script that opens

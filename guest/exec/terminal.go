@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	processv1 "github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/process"
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 )
 
 // What the kernel holds of a terminal's output: a line discipline's buffer, which
@@ -91,7 +92,7 @@ func checkSize(size *processv1.PTY_Size) error {
 // resize changes the size, and the kernel tells the foreground group. A zero
 // leaves that side as it is.
 func (t *terminal) resize(size *processv1.PTY_Size) error {
-	return t.control(func(fd int) error {
+	return kernel.WithFD(t.master, func(fd int) error {
 		ws, err := unix.IoctlGetWinsize(fd, unix.TIOCGWINSZ)
 		if err != nil {
 			return err
@@ -108,23 +109,11 @@ func (t *terminal) resize(size *processv1.PTY_Size) error {
 
 // foreground is the process group that the terminal's keys go to, or 0.
 func (t *terminal) foreground() (group int) {
-	_ = t.control(func(fd int) (err error) { // a terminal that is closed has none
+	_ = kernel.WithFD(t.master, func(fd int) (err error) { // a terminal that is closed has none
 		group, err = unix.IoctlGetInt(fd, unix.TIOCGPGRP)
 		return err
 	})
 	return group
-}
-
-func (t *terminal) control(do func(fd int) error) error {
-	conn, err := t.master.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var failed error
-	if err := conn.Control(func(fd uintptr) { failed = do(int(fd)) }); err != nil {
-		return err
-	}
-	return failed
 }
 
 // signal signals the group that the process leads and, in a terminal, the one in

@@ -9,6 +9,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 )
 
 // One instance of the kernel's inotify. Only one goroutine reads it.
@@ -49,7 +51,7 @@ func (n *inotify) close() error { return n.f.Close() }
 // add watches a directory. Of one that is watched already it gives the number that
 // it has.
 func (n *inotify) add(path string, mask uint32) (wd int32, err error) {
-	err = n.control(func(fd int) error {
+	err = kernel.WithFD(n.f, func(fd int) error {
 		got, err := unix.InotifyAddWatch(fd, path, mask)
 		wd = int32(got)
 		return err
@@ -65,29 +67,17 @@ func (n *inotify) add(path string, mask uint32) (wd int32, err error) {
 
 // remove ends the watch of a directory. Its events that wait are still told.
 func (n *inotify) remove(wd int32) {
-	_ = n.control(func(fd int) error { // the kernel may have ended it already
+	_ = kernel.WithFD(n.f, func(fd int) error { // the kernel may have ended it already
 		_, err := unix.InotifyRmWatch(fd, uint32(wd))
 		return err
 	})
-}
-
-func (n *inotify) control(do func(fd int) error) error {
-	conn, err := n.f.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var failed error
-	if err := conn.Control(func(fd uintptr) { failed = do(int(fd)) }); err != nil {
-		return err
-	}
-	return failed
 }
 
 // mark is a place in the stream of events: what the kernel knows now comes before
 // it, what happens from now on behind it.
 func (n *inotify) mark() (int64, error) {
 	waits := 0
-	err := n.control(func(fd int) (err error) {
+	err := kernel.WithFD(n.f, func(fd int) (err error) {
 		waits, err = unix.IoctlGetInt(fd, unix.TIOCINQ)
 		return err
 	})

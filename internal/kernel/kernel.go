@@ -1,5 +1,6 @@
 // Package kernel asks the running kernel what it is and what it can do, and
-// holds processes by descriptors instead of by numbers.
+// holds processes by descriptors instead of by numbers. Calls on the descriptors of
+// files go through WithFD.
 //
 // A probe tries the thing itself (opens the node, makes the call) and answers
 // with an error that says what is missing, never with a guess from a version

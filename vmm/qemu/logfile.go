@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 )
 
 // logFile is an append-only file that another process writes and that keeps its
@@ -69,13 +71,9 @@ func (l *logFile) trim() error {
 	if old <= l.base {
 		return nil
 	}
-	conn, err := l.file.SyscallConn()
-	if err != nil {
-		return err
-	}
-	return errors.Join(conn.Control(func(fd uintptr) {
-		err = unix.Fallocate(int(fd), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, old)
-	}), err)
+	return kernel.WithFD(l.file, func(fd int) error {
+		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, old)
+	})
 }
 
 // read follows the contract of vmm.Machine.Console.
@@ -128,13 +126,7 @@ func (l *logFile) bringForward(end int64) error {
 	if err != nil || have >= end {
 		return err
 	}
-	conn, err := l.file.SyscallConn()
-	if err != nil {
-		return err
-	}
-	return errors.Join(conn.Control(func(fd uintptr) {
-		err = unix.Fallocate(int(fd), 0, end-1, 1)
-	}), err)
+	return kernel.WithFD(l.file, func(fd int) error { return unix.Fallocate(fd, 0, end-1, 1) })
 }
 
 func (l *logFile) Close() error { return l.file.Close() }

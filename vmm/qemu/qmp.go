@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 )
 
 // maxMessage bounds one line from QEMU, which may be in the guest's hands.
@@ -204,16 +206,15 @@ func (m *monitor) write(line []byte, file *os.File) error {
 	if !ok {
 		return errors.New("the connection carries no descriptors")
 	}
-	passed, err := file.SyscallConn()
-	if err != nil {
-		return err
-	}
 	n := 0
-	err2 := passed.Control(func(fd uintptr) { n, _, err = socket.WriteMsgUnix(line, unix.UnixRights(int(fd)), nil) })
+	err := kernel.WithFD(file, func(fd int) (err error) {
+		n, _, err = socket.WriteMsgUnix(line, unix.UnixRights(fd), nil)
+		return err
+	})
 	if err == nil && n < len(line) {
 		_, err = m.conn.Write(line[n:])
 	}
-	return errors.Join(err, err2)
+	return err
 }
 
 func (m *monitor) forget(id int) {

@@ -11,8 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 	"github.com/dormouse-sandbox/dormouse/internal/undo"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
@@ -147,7 +145,7 @@ func (m *machine) open(spec vmm.Spec, in *inherit, u *undo.Stack) (fds, *os.File
 		}
 	}
 	if spec.Tap != nil {
-		tap, err := duplicate(spec.Tap)
+		tap, err := kernel.Duplicate(spec.Tap)
 		if err != nil {
 			return fd, nil, fmt.Errorf("open tap: %w", err)
 		}
@@ -159,7 +157,7 @@ func (m *machine) open(spec vmm.Spec, in *inherit, u *undo.Stack) (fds, *os.File
 // openOrigin opens what the guest begins as.
 func openOrigin(spec vmm.Spec, fd *fds, in *inherit) error {
 	if spec.Restore != nil {
-		memory, err := duplicate(spec.Restore.Memory)
+		memory, err := kernel.Duplicate(spec.Restore.Memory)
 		if err != nil {
 			return fmt.Errorf("open memory: %w", err)
 		}
@@ -247,19 +245,6 @@ func remover(path string) func() error {
 		}
 		return nil
 	}
-}
-
-func duplicate(f *os.File) (*os.File, error) {
-	conn, err := f.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	fd := -1
-	err2 := conn.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) })
-	if err := errors.Join(err, err2); err != nil {
-		return nil, err
-	}
-	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
 // explain turns an error of the control connection into what QEMU printed

@@ -9,8 +9,7 @@ import (
 	"slices"
 	"sync"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 	"github.com/dormouse-sandbox/dormouse/vmm"
 )
@@ -45,21 +44,10 @@ func (v *vm) plugMemory(from *vmm.Restore) error {
 	}
 	v.gate.shut()
 	var err error
-	v.memory.base, err = duplicate(from.Memory)
-	return err
-}
-
-func duplicate(f *os.File) (*os.File, error) {
-	conn, err := f.SyscallConn()
-	if err != nil {
-		return nil, fmt.Errorf("open memory: %w", err)
+	if v.memory.base, err = kernel.Duplicate(from.Memory); err != nil {
+		return fmt.Errorf("open memory: %w", err)
 	}
-	fd := -1
-	err2 := conn.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) })
-	if err := errors.Join(err, err2); err != nil {
-		return nil, fmt.Errorf("open memory: %w", err)
-	}
-	return os.NewFile(uintptr(fd), f.Name()), nil
+	return nil
 }
 
 func (m *Memory) close() error {
