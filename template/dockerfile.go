@@ -188,9 +188,11 @@ func (b *recipeBuild) readContext(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if _, err := oci.UnpackTar(ctx, b.d.Context, dir, b.d.Limits); err != nil {
+	report, err := oci.UnpackTar(ctx, b.d.Context, dir, b.d.Limits)
+	if err != nil {
 		return err
 	}
+	b.p.leftOut(stepContext, report)
 	if b.context, err = b.open(dir); err != nil {
 		return err
 	}

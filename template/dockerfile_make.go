@@ -83,12 +83,10 @@ func (b *recipeBuild) begin(ctx context.Context, p *stagePlan) (string, error) {
 	report, err := p.image.Unpack(ctx, dir, b.d.Limits, func(done, of int, line string) {
 		b.p.line(stepUnpack, float64(done)/float64(of), line)
 	})
-	for _, line := range report.LeftOut {
-		b.p.line(stepUnpack, 1, "left out: "+line)
-	}
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", stepUnpack, err)
 	}
+	b.p.leftOut(stepUnpack, report)
 	return dir, nil
 }
 
@@ -186,9 +184,7 @@ func (b *recipeBuild) copy(ctx context.Context, s plannedStep, to *oci.Tree, ste
 		if err != nil {
 			return err
 		}
-		for _, line := range report.LeftOut {
-			b.p.line(step, 1, "left out: "+line)
-		}
+		b.p.leftOut(step, report)
 	}
 	return b.write(c, selection, to)
 }
@@ -253,7 +249,7 @@ func (b *recipeBuild) run(ctx context.Context, s plannedStep, dir, step string) 
 	if err := b.settle(ctx, result); err != nil {
 		return "", err
 	}
-	after, err := b.export(ctx, result)
+	after, err := b.export(ctx, result, step)
 	if err != nil {
 		return "", err
 	}
@@ -356,8 +352,8 @@ func isDirty(image string) (dirty bool, err error) {
 	return disk.Dirty(), nil
 }
 
-// export makes a tree of a disk.
-func (b *recipeBuild) export(ctx context.Context, image string) (_ string, err error) {
+// export makes a tree of the disk after a step.
+func (b *recipeBuild) export(ctx context.Context, image, step string) (_ string, err error) {
 	dir, err := b.dir()
 	if err != nil {
 		return "", err
@@ -373,11 +369,12 @@ func (b *recipeBuild) export(ctx context.Context, image string) (_ string, err e
 	}
 	r, w := io.Pipe()
 	go func() { _ = w.CloseWithError(disk.WriteTar(ctx, w)) }() // never fails
-	_, err = oci.UnpackTar(ctx, r, dir, b.d.Limits)
+	report, err := oci.UnpackTar(ctx, r, dir, b.d.Limits)
 	_ = r.Close() // never fails; ends the writer
 	if err != nil {
 		return "", fmt.Errorf("the disk after the step: %w", err)
 	}
+	b.p.leftOut(step, report)
 	return dir, nil
 }
 
@@ -479,7 +476,7 @@ func (b *recipeBuild) resume(ctx context.Context, p *stagePlan) (dir string, nex
 		if p.steps[i].Run == nil {
 			continue
 		}
-		dir, err := b.cachedStep(ctx, p.steps[i].key)
+		dir, err := b.cachedStep(ctx, p.steps[i])
 		if err != nil {
 			return "", 0, err
 		}
@@ -495,19 +492,19 @@ func (b *recipeBuild) resume(ctx context.Context, p *stagePlan) (dir string, nex
 }
 
 // cachedStep makes a tree of a disk in the cache; without one it is "".
-func (b *recipeBuild) cachedStep(ctx context.Context, key string) (string, error) {
-	at := b.s.stepPath(key)
+func (b *recipeBuild) cachedStep(ctx context.Context, s plannedStep) (string, error) {
+	at := b.s.stepPath(s.key)
 	data, err := osfs.ReadFileLimit(filepath.Join(at, stepNamesFile), 8*maxAccounts)
 	var n names
 	if err != nil || json.Unmarshal(data, &n) != nil {
 		return "", nil // not there, or of no use
 	}
-	dir, err := b.export(ctx, filepath.Join(at, stepImageFile))
+	dir, err := b.export(ctx, filepath.Join(at, stepImageFile), b.name(s))
 	if ctx.Err() != nil {
 		return "", context.Cause(ctx)
 	}
 	if err != nil {
-		b.s.log.Warn("a step in the template cache is of no use", "key", key, "err", err)
+		b.s.log.Warn("a step in the template cache is of no use", "key", s.key, "err", err)
 		return "", nil
 	}
 	now := time.Now()

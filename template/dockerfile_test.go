@@ -17,9 +17,9 @@ import (
 	"github.com/dormouse-sandbox/dormouse/template/oci/ocitest"
 )
 
-// fakeRunner stands in for a microVM: it knows the shell lines "write FILE TEXT",
-// which it does with debugfs, "fail TEXT" and "break", after which the disk is no
-// file system any more.
+// fakeRunner stands in for a microVM: it knows the shell lines "write FILE TEXT" and
+// "pipe FILE", which it does with debugfs, "fail TEXT" and "break", after which the
+// disk is no file system any more.
 type fakeRunner struct {
 	runs []template.RunStep
 }
@@ -38,6 +38,8 @@ func (f *fakeRunner) Run(ctx context.Context, r template.RunStep) error {
 		name, text, _ := strings.Cut(rest, " ")
 		say(r, "writing "+name)
 		return f.write(ctx, r, name, text)
+	case "pipe":
+		return edit(ctx, r, "cd "+filepath.Dir(rest)+"\nmknod "+filepath.Base(rest)+" p\n")
 	case "fail":
 		say(r, rest)
 		return sandbox.Errorf(sandbox.KindInvalid, "exit status 7")
@@ -57,9 +59,14 @@ func (f *fakeRunner) write(ctx context.Context, r template.RunStep, name, text s
 	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		return err
 	}
-	script := r.Result + ".script"
 	// The guest writes its name and its resolver whenever it starts.
 	text = fmt.Sprintf("rm %s\nwrite %s %s\nrm /etc/hosts\nwrite %s /etc/hosts\nrm /etc/hostname\nwrite %s /etc/hostname\n", name, file, name, file, file)
+	return errors.Join(edit(ctx, r, text), os.Remove(file))
+}
+
+// edit runs a script of debugfs.
+func edit(ctx context.Context, r template.RunStep, text string) error {
+	script := r.Result + ".script"
 	if err := os.WriteFile(script, []byte(text), 0o644); err != nil {
 		return err
 	}
@@ -67,7 +74,7 @@ func (f *fakeRunner) write(ctx context.Context, r template.RunStep, name, text s
 	if err != nil {
 		return fmt.Errorf("debugfs: %w: %s", err, out)
 	}
-	return errors.Join(os.Remove(file), os.Remove(script))
+	return os.Remove(script)
 }
 
 // kitchen is a registry with an image to build upon, and a store.
@@ -159,6 +166,28 @@ COPY sub /copied
 		t.Errorf("steps %q, log:\n%s", n.steps, log)
 	}
 	noTemp(t, k.cfg)
+}
+
+// TestDockerfileSaysWhatIsLeftOut: of the context, of an image and of what a step
+// has made, also when that is in the cache; what is too much to list is counted.
+func TestDockerfileSaysWhatIsLeftOut(t *testing.T) {
+	k := newKitchen(t)
+	files := []ocitest.Entry{ocitest.File("a", "a")}
+	for i := range 120 {
+		files = append(files, ocitest.Device(fmt.Sprintf("nodes/%d", i)))
+	}
+	text := "FROM BASE\nRUN pipe /srv/pipe\nCOPY a /a\n"
+	for _, text := range []string{text, text + "COPY a /b\n"} {
+		_, n := k.must(text, files...)
+		for _, want := range []string{"left out: device /nodes/0 ", "left out: 20 more", "left out: pipe /srv/pipe"} {
+			if !strings.Contains(n.log(), want) {
+				t.Errorf("it does not say %q:\n%s", want, n.log())
+			}
+		}
+	}
+	if len(k.runner.runs) != 1 {
+		t.Errorf("%d runs", len(k.runner.runs))
+	}
 }
 
 func TestDockerfileStepsAreDoneOnce(t *testing.T) {

@@ -277,12 +277,7 @@ func fillFromImage(ctx context.Context, w *work, from *opened, want Template, p 
 	if err != nil {
 		return f, fmt.Errorf("%s: %w", stepUnpack, err)
 	}
-	for _, line := range report.LeftOut {
-		p.line(stepUnpack, 1, "left out: "+line)
-	}
-	if more := report.LeftOutCount - len(report.LeftOut); more > 0 {
-		p.line(stepUnpack, 1, fmt.Sprintf("left out: %d more", more))
-	}
+	p.leftOut(stepUnpack, report)
 	f.blocks = report.Attributed
 	if err := fault.Point(ctx, "template/furnish"); err != nil {
 		return f, err
