@@ -121,9 +121,6 @@ func readRecord(cached string) (Template, error) {
 
 // make builds the image in a work folder and moves it into the cache, whole.
 func (s *Store) make(ctx context.Context, j job, cached string, p Progress) (_ Template, err error) {
-	if err := s.sweep(); err != nil {
-		return Template{}, fmt.Errorf("sweep: %w", err)
-	}
 	w, err := s.newWork()
 	if err != nil {
 		return Template{}, err

@@ -92,9 +92,6 @@ func (s *Store) buildDockerfile(ctx context.Context, d Dockerfile, log *buildLog
 	if os.Geteuid() != 0 {
 		return Template{}, errNeedsRoot
 	}
-	if err := errors.Join(s.makeCache(), s.sweep()); err != nil {
-		return Template{}, fmt.Errorf("sweep: %w", err)
-	}
 	w, err := s.newWork()
 	if err != nil {
 		return Template{}, err
@@ -160,15 +157,6 @@ func (b *recipeBuild) close() error {
 	return errors.Join(errs...)
 }
 
-// dir makes a folder that is closed to everybody else.
-func (b *recipeBuild) dir() (string, error) {
-	closed, err := os.MkdirTemp(b.w.dir, "closed-") // mode 0700
-	if err != nil {
-		return "", err
-	}
-	return closed + "/root", os.Mkdir(closed+"/root", 0o755)
-}
-
 func (b *recipeBuild) open(dir string) (*oci.Tree, error) {
 	t, err := oci.OpenTree(dir)
 	if err == nil {
@@ -184,7 +172,7 @@ func (b *recipeBuild) readContext(ctx context.Context) error {
 	if err := fault.Point(ctx, "template/context"); err != nil {
 		return err
 	}
-	dir, err := b.dir()
+	dir, err := b.w.closedDir()
 	if err != nil {
 		return err
 	}

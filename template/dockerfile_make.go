@@ -75,7 +75,7 @@ func (b *recipeBuild) begin(ctx context.Context, p *stagePlan) (string, error) {
 	if p.base != nil {
 		return b.beginOn(ctx, p.base)
 	}
-	dir, err := b.dir()
+	dir, err := b.w.closedDir()
 	if err != nil || p.image == nil {
 		return dir, err
 	}
@@ -96,7 +96,7 @@ func (b *recipeBuild) beginOn(ctx context.Context, base *stagePlan) (string, err
 	if err != nil || base.users == 1 {
 		return from, err
 	}
-	dir, err := b.dir()
+	dir, err := b.w.closedDir()
 	if err != nil {
 		return "", err
 	}
@@ -354,7 +354,7 @@ func isDirty(image string) (dirty bool, err error) {
 
 // export makes a tree of the disk after a step.
 func (b *recipeBuild) export(ctx context.Context, image, step string) (_ string, err error) {
-	dir, err := b.dir()
+	dir, err := b.w.closedDir()
 	if err != nil {
 		return "", err
 	}

@@ -178,9 +178,6 @@ func (s *Store) importFrom(ctx context.Context, imp Import, log *buildLog, p Pro
 	if os.Geteuid() != 0 {
 		return Template{}, errNeedsRoot
 	}
-	if err := errors.Join(s.makeCache(), s.sweep()); err != nil {
-		return Template{}, fmt.Errorf("sweep: %w", err)
-	}
 	w, err := s.newWork()
 	if err != nil {
 		return Template{}, err
@@ -255,16 +252,11 @@ func (t Template) checkRecord() error {
 	return err
 }
 
-// fillFromImage unpacks a source. Its folder is closed to others: programs in it
-// may be setuid, and nobody has checked them.
+// fillFromImage unpacks a source.
 func fillFromImage(ctx context.Context, w *work, from *opened, want Template, p Progress) (filled, error) {
 	f := filled{record: want, began: time.Now()}
-	closed, err := os.MkdirTemp(w.dir, "closed-") // mode 0700
-	if err != nil {
-		return f, err
-	}
-	f.root = closed + "/root"
-	if err := os.Mkdir(f.root, 0o755); err != nil {
+	var err error
+	if f.root, err = w.closedDir(); err != nil {
 		return f, err
 	}
 	p.step(stepUnpack, 0)

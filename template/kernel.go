@@ -159,9 +159,6 @@ func readKernel(dir string) (Kernel, error) {
 
 // makeKernel prepares a kernel in a work folder and moves it into the cache.
 func (s *Store) makeKernel(ctx context.Context, cfg KernelConfig, cached string, p Progress) (err error) {
-	if err := s.sweep(); err != nil {
-		return fmt.Errorf("sweep: %w", err)
-	}
 	w, err := s.newWork()
 	if err != nil {
 		return err

@@ -70,9 +70,14 @@ type work struct {
 
 const workLock = "lock"
 
+// newWork makes the folder of a build, and first removes those of builds that have
+// crashed.
 func (s *Store) newWork() (*work, error) {
 	if err := s.makeCache(); err != nil {
 		return nil, err
+	}
+	if err := s.sweep(); err != nil {
+		return nil, fmt.Errorf("sweep: %w", err)
 	}
 	parent := filepath.Join(s.cfg.Cache, workDir)
 	// Sweepers hold this lock too: none sees the folder before its own lock is taken.
@@ -107,6 +112,17 @@ func lockGate(parent string) (*os.File, error) {
 }
 
 func (w *work) path(name string) string { return filepath.Join(w.dir, name) }
+
+// closedDir makes a folder for a foreign tree, closed to everybody else: programs in
+// it may be setuid, and nobody has checked them.
+func (w *work) closedDir() (string, error) {
+	closed, err := os.MkdirTemp(w.dir, "closed-") // mode 0700
+	if err != nil {
+		return "", err
+	}
+	root := filepath.Join(closed, "root")
+	return root, os.Mkdir(root, 0o755)
+}
 
 func (w *work) Close() error {
 	err := removeUnmounted(w.dir)
