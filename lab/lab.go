@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"time"
 
@@ -165,13 +164,7 @@ func (l *Lab) Inside() wire.Inside { return l.inside }
 func (l *Lab) Boot() (took time.Duration, attempts int) { return l.took, l.tries }
 
 // Console is what the kernel said so far.
-func (l *Lab) Console() string {
-	data, err := os.ReadFile(filepath.Join(l.cfg.Dir, consoleName))
-	if err != nil {
-		return ""
-	}
-	return strings.ToValidUTF8(string(data), "?")
-}
+func (l *Lab) Console() string { return l.vm.console() }
 
 // Close powers the lab off, kills what does not go, and copies what is in its
 // results, and its console, into the folder to; an empty one leaves them.

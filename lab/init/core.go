@@ -10,6 +10,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dormouse-sandbox/dormouse/internal/sparse"
 )
 
 const (
@@ -38,36 +40,8 @@ func saveCore(args []string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	return copyHoles(f, io.LimitReader(os.Stdin, maxCore))
-}
-
-// copyHoles writes what is not zero.
-func copyHoles(f *os.File, r io.Reader) error {
-	block := make([]byte, 64<<10)
-	for offset := int64(0); ; {
-		n, err := io.ReadFull(r, block)
-		if !zero(block[:n]) {
-			if _, err := f.WriteAt(block[:n], offset); err != nil {
-				return err
-			}
-		}
-		offset += int64(n)
-		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-			return f.Truncate(offset)
-		}
-		if err != nil {
-			return err
-		}
-	}
-}
-
-func zero(p []byte) bool {
-	for _, b := range p {
-		if b != 0 {
-			return false
-		}
-	}
-	return true
+	_, err = sparse.Copy(f, io.LimitReader(os.Stdin, maxCore))
+	return err
 }
 
 func coreFiles() []string {
