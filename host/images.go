@@ -4,7 +4,6 @@ import (
 	"context"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"sync"
 
 	"github.com/dormouse-sandbox/dormouse/host/base"
@@ -25,9 +24,7 @@ type Pages interface {
 type StoreImages struct {
 	Store *snapshot.Store
 	Pages Pages
-	// Dir is where layouts lie, and Sealer what makes their layers ready; needed for
-	// dm alone.
-	Dir    string
+	// Sealer makes the layers of layouts ready; needed for dm alone.
 	Sealer base.Sealer
 	Log    *slog.Logger
 
@@ -88,12 +85,13 @@ func (s *StoreImages) Sweep(keep []template.Template) error {
 	return s.bases().Sweep(digests)
 }
 
-// Disk says what a driver lays an overlay on.
+// Disk says what a driver lays an overlay on. A layout lies beside its manifest: it
+// is the same for all disks over that, and is collected with it.
 func (s *StoreImages) Disk(ctx context.Context, driver string, d snapshot.Digest) (path, layout string, err error) {
 	if driver != "dm" {
 		return s.Pages.Path(d.String()), "", nil
 	}
-	layout = filepath.Join(s.Dir, d.String()+".json")
+	layout = s.Store.ManifestPath(d) + ".layout"
 	if _, err := os.Stat(layout); err == nil {
 		return "", layout, nil
 	}

@@ -152,7 +152,7 @@ func realHostAndTemplates(t *testing.T, change ...func(*host.Config)) (*host.Age
 	}
 	store, pages := realSnapshots(t, dir, runDir, log)
 	cfg := host.Config{
-		Snapshots: store, Warm: true, Images: &host.StoreImages{Store: store, Pages: pages, Dir: dir},
+		Snapshots: store, Warm: true, Images: &host.StoreImages{Store: store, Pages: pages},
 		Dir: filepath.Join(dir, "host"), RunDir: runDir, Instance: testInstance,
 		VMM: vmm, Disks: []disk.Driver{disks}, Networks: host.Slots{Network: networks}, Templates: templates,
 		Kernel: assets.Kernel.Image, Initrd: assets.Initrd, UIDBase: testUIDs, Log: log,

@@ -42,7 +42,9 @@ func (r *Reader) layersDir() string { return filepath.Join(r.dir, layersDir) }
 // LayerPath is where a layer's file is.
 func (r *Reader) LayerPath(d Digest) string { return filepath.Join(r.layersDir(), layerName(d)) }
 
-func (r *Reader) manifestPath(d Digest) string {
+// ManifestPath is where a manifest's file is. What is put beside it, under the same
+// name with a dot and more behind it, goes with it, as with a layer.
+func (r *Reader) ManifestPath(d Digest) string {
 	return filepath.Join(r.dir, manifestsDir, d.String()+manifestSuffix)
 }
 
@@ -52,7 +54,7 @@ func (r *Reader) objectPath(d Digest) string {
 
 // Manifest reads a manifest and checks it.
 func (r *Reader) Manifest(d Digest) (*Manifest, error) {
-	path := r.manifestPath(d)
+	path := r.ManifestPath(d)
 	data, err := osfs.ReadFileLimit(path, maxManifestBytes)
 	if err != nil {
 		return nil, missing("manifest", d, err)
@@ -182,7 +184,7 @@ func (r *Reader) Allocated(d Digest) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	total, err := sparse.AllocatedAt(r.manifestPath(d))
+	total, err := sparse.AllocatedAt(r.ManifestPath(d))
 	if err != nil {
 		return 0, err
 	}

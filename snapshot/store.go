@@ -134,7 +134,7 @@ func (s *Store) pin(d Digest) *Pin {
 // Pin pins a manifest or an object that is there.
 func (s *Store) Pin(d Digest) (*Pin, error) {
 	defer s.publishing()()
-	if _, err := os.Lstat(s.manifestPath(d)); err == nil {
+	if _, err := os.Lstat(s.ManifestPath(d)); err == nil {
 		return s.pin(d), nil
 	}
 	if _, err := os.Lstat(s.objectPath(d)); err != nil {
@@ -155,7 +155,7 @@ func (s *Store) publishLayer(w *layerWriter) (LayerRef, error) {
 
 // writeManifest publishes a manifest; one that is there already stays.
 func (s *Store) writeManifest(d Digest, data []byte) error {
-	return writeOnce("snapshot-manifest", s.manifestPath(d), data)
+	return writeOnce("snapshot-manifest", s.ManifestPath(d), data)
 }
 
 // writeOnce writes a file whose name is the hash of its content.

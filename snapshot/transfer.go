@@ -64,7 +64,7 @@ func (s *Store) pushManifest(ctx context.Context, to blob.Store, d Digest) (err 
 			return err
 		}
 	}
-	return pushFile(ctx, to, manifestKey(d), s.manifestPath(d))
+	return pushFile(ctx, to, manifestKey(d), s.ManifestPath(d))
 }
 
 func pushFile(ctx context.Context, to blob.Store, key, path string) (err error) {

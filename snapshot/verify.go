@@ -63,7 +63,7 @@ func (v *verifier) line(ctx context.Context, d Digest) error {
 		}
 		v.report.Manifests++
 		if err != nil {
-			v.damaged(d, v.store.manifestPath(d), err)
+			v.damaged(d, v.store.ManifestPath(d), err)
 			return nil
 		}
 		for _, ref := range m.Layers {
@@ -225,7 +225,7 @@ func (s *Store) files(r Ref) (map[string]bool, error) {
 		if err != nil {
 			return nil, err
 		}
-		files[s.manifestPath(d)] = true
+		files[s.ManifestPath(d)] = true
 		for _, l := range m.Layers {
 			files[s.LayerPath(l.Digest)] = true
 		}

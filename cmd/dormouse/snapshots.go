@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 
 	"github.com/dormouse-sandbox/dormouse/host"
-	"github.com/dormouse-sandbox/dormouse/internal/osfs"
 	"github.com/dormouse-sandbox/dormouse/internal/undo"
 	"github.com/dormouse-sandbox/dormouse/pager"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
@@ -20,7 +19,6 @@ import (
 // Where an instance keeps snapshots, and what its page server needs.
 func (i instance) snapshotsDir() string { return filepath.Join(i.data, "snapshots") }
 func (i instance) pagerDir() string     { return "/run/dormouse-" + i.name + ".pages" }
-func (i instance) layoutsDir() string   { return filepath.Join(i.data, "layouts") }
 
 // pagerUID is the user that the page server runs as. No VM has it.
 func (i instance) pagerUID() int { return i.uidBase() + 1<<16 - 2 }
@@ -56,7 +54,7 @@ func openSnapshots(ctx context.Context, inst instance, d disks, log *slog.Logger
 		return snapshots{}, err
 	}
 	u.PushClose("page server", pages.Close)
-	images := &host.StoreImages{Store: store, Pages: pages, Dir: inst.layoutsDir(), Log: log}
+	images := &host.StoreImages{Store: store, Pages: pages, Log: log}
 	if d.dm != nil {
 		images.Sealer = d.dm
 	}
@@ -65,9 +63,6 @@ func openSnapshots(ctx context.Context, inst instance, d disks, log *slog.Logger
 
 // openStore opens the store alone, for a host that starts no VM.
 func openStore(inst instance) (*snapshot.Store, error) {
-	if err := osfs.MkdirAll("layouts-dir", inst.layoutsDir(), 0o700); err != nil {
-		return nil, err
-	}
 	store, err := snapshot.Open(snapshot.Config{Dir: inst.snapshotsDir(), Group: inst.pagerUID()})
 	if err != nil {
 		return nil, fmt.Errorf("open snapshots: %w", err)
@@ -102,7 +97,7 @@ func takeInBase(ctx context.Context, o upOptions, t template.Template, log *slog
 	if progress != nil {
 		progress(template.Event{Step: "take in " + t.Name, Fraction: template.Unknown})
 	}
-	images := &host.StoreImages{Store: store, Dir: o.inst.layoutsDir(), Log: log}
+	images := &host.StoreImages{Store: store, Log: log}
 	if d.dm != nil {
 		images.Sealer = d.dm
 	}
