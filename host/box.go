@@ -91,18 +91,25 @@ func (b *box) set(change func(*entry)) entry {
 	return b.entry
 }
 
-// guestOf returns the way to the guest agent, and a context that ends with the
-// caller's, with the sandbox or with this agent, whichever is first.
-func (a *Agent) guestOf(ctx context.Context, b *box) (_ *guest, _ context.Context, _ context.CancelFunc, err error) {
+// guestOf returns the way to the guest agent for somebody who uses the sandbox: it is
+// not idle until the call is over.
+func (a *Agent) guestOf(ctx context.Context, b *box) (*guest, context.Context, context.CancelFunc, error) {
+	leave := a.enter(b) // first: a pause says that it has begun, and then asks for calls
+	g, ctx, cancel, err := a.reach(ctx, b)
+	if err != nil {
+		leave()
+		return nil, nil, nil, err
+	}
+	return g, ctx, func() { cancel(); leave() }, nil
+}
+
+// reach returns the way to the guest agent, and a context that ends with the
+// caller's, with the sandbox or with this agent, whichever is first. It counts for
+// nothing: it is for who only looks.
+func (a *Agent) reach(ctx context.Context, b *box) (*guest, context.Context, context.CancelFunc, error) {
 	b.mu.Lock()
 	g, e, frozen, awake := b.guest, b.entry, b.frozen, b.awake
-	leave := a.enter(b)
 	b.mu.Unlock()
-	defer func() {
-		if err != nil {
-			leave()
-		}
-	}()
 	if e.State != stateRunning {
 		return nil, nil, nil, errNotRunning(e)
 	}
@@ -115,7 +122,7 @@ func (a *Agent) guestOf(ctx context.Context, b *box) (_ *guest, _ context.Contex
 	joined, cancel := context.WithCancelCause(ctx)
 	stopBox := context.AfterFunc(awake, func() { cancel(context.Cause(awake)) })
 	stopAgent := context.AfterFunc(a.ctx, func() { cancel(errClosing) })
-	return g, joined, func() { stopBox(); stopAgent(); cancel(nil); leave() }, nil
+	return g, joined, func() { stopBox(); stopAgent(); cancel(nil) }, nil
 }
 
 // errNotRunning says why a sandbox cannot do what was asked.

@@ -28,8 +28,10 @@ type activity struct {
 	why    string    // the last one
 }
 
-// enter counts a call until leave; the caller holds b.mu.
+// enter counts a call until leave.
 func (a *Agent) enter(b *box) (leave func()) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	b.use.calls++
 	left := false
 	return func() {

@@ -98,6 +98,29 @@ func TestWhatIsUsedIsNotIdle(t *testing.T) {
 	})
 }
 
+// TestWhoOnlyLooksIsNoActivity, or whoever draws curves would keep everything awake.
+func TestWhoOnlyLooksIsNoActivity(t *testing.T) {
+	r := newRig(t)
+	r.open()
+	id := r.mustCreate()
+	since := r.status(id).IdleSince
+	if u, err := r.agent.Metrics(t.Context(), string(id)); err != nil || u.Guest.CPUCount != 1 {
+		t.Fatalf("metrics %+v, %v", u, err)
+	}
+	if _, _, err := r.agent.Console(string(id), 100, 0); err != nil {
+		t.Fatal(err)
+	}
+	if now := r.status(id).IdleSince; since.IsZero() || !now.Equal(since) {
+		t.Errorf("idle since %v, after a look since %v", since, now)
+	}
+	if _, err := r.agent.Ping(t.Context(), string(id)); err != nil {
+		t.Fatal(err)
+	}
+	if now := r.status(id).IdleSince; !now.After(since) {
+		t.Errorf("idle since %v, after a use since %v", since, now)
+	}
+}
+
 // TestAnAutoPauseThatFailsEndsNothing, says why, and is tried again.
 func TestAnAutoPauseThatFailsEndsNothing(t *testing.T) {
 	r := newSnapshotRig(t)

@@ -196,13 +196,14 @@ type Usage struct {
 	OverlayBytes int64
 }
 
-// Metrics asks the guest, and measures what the host pays.
+// Metrics asks the guest, and measures what the host pays. A sandbox that is only
+// looked at stays idle.
 func (a *Agent) Metrics(ctx context.Context, id string) (Usage, error) {
 	b, err := a.box(id)
 	if err != nil {
 		return Usage{}, err
 	}
-	g, ctx, cancel, err := a.guestOf(ctx, b)
+	g, ctx, cancel, err := a.reach(ctx, b)
 	if err != nil {
 		return Usage{}, err
 	}

@@ -2,6 +2,7 @@ package host_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -191,6 +192,9 @@ func (r *rig) guest(ctx context.Context, m vmmfake.Inside) error {
 		r.mu.Lock()
 		r.inits++
 		r.mu.Unlock()
+	})
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
+		_ = json.NewEncoder(w).Encode(guestapi.Metrics{CPUCount: m.Spec.VCPUs}) // whoever asks sees it
 	})
 	mux.HandleFunc("POST /freeze", func(w http.ResponseWriter, _ *http.Request) { r.stand(m.Spec.ID, true, w) })
 	mux.HandleFunc("POST /thaw", func(w http.ResponseWriter, _ *http.Request) { r.stand(m.Spec.ID, false, w) })
