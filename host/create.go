@@ -234,17 +234,26 @@ func (a *Agent) create(ctx context.Context, b *box, p plan) error {
 	return nil
 }
 
-// bootInTurn assembles the machine while fewer than MaxBoots others boot: all
-// at once would make every one of them late.
+// bootInTurn assembles the machine when it is its turn.
 func (a *Agent) bootInTurn(ctx context.Context, p plan, watch *stopwatch) (*machine, *guest, error) {
-	select {
-	case a.boots <- struct{}{}:
-		defer func() { <-a.boots }()
-	case <-ctx.Done():
-		return nil, nil, fmt.Errorf("wait to boot: %w", context.Cause(ctx))
+	done, err := a.turn(ctx)
+	if err != nil {
+		return nil, nil, err
 	}
+	defer done()
 	watch.lap("queue")
 	return a.assemble(ctx, p, watch)
+}
+
+// turn waits until fewer than MaxBoots others boot: all at once would make every one
+// of them late.
+func (a *Agent) turn(ctx context.Context) (done func(), err error) {
+	select {
+	case a.boots <- struct{}{}:
+		return func() { <-a.boots }, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("wait to boot: %w", context.Cause(ctx))
+	}
 }
 
 // publish writes "running" down and lets callers in.

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -493,6 +495,33 @@ func TestCreatesAreRestores(t *testing.T) {
 			t.Errorf("pause %d of one that did nothing wrote %+v", generation, saved.Memory)
 		}
 		r.mustResume(second)
+	}
+}
+
+// TestOneOfACrowdBoots: those that wait for their turn behind it go on from what it
+// has kept.
+func TestOneOfACrowdBoots(t *testing.T) {
+	r := newSnapshotRig(t)
+	with := r.agentCfg
+	r.agentCfg = func(c *host.Config) { with(c); c.MaxBoots = 1 }
+	r.open()
+	var booted atomic.Int64
+	var wg sync.WaitGroup
+	for range 6 {
+		req := r.request()
+		wg.Go(func() {
+			s, err := r.agent.Create(t.Context(), req)
+			if err != nil {
+				t.Error(err)
+			}
+			if s.Start == sandbox.StartBoot {
+				booted.Add(1)
+			}
+		})
+	}
+	wg.Wait()
+	if n := booted.Load(); n != 1 {
+		t.Errorf("%d of them booted, want the first", n)
 	}
 }
 

@@ -58,19 +58,25 @@ func (a *Agent) createMachine(ctx context.Context, b *box, p *plan, watch *stopw
 	if err != nil {
 		return nil, nil, fmt.Errorf("warm snapshot: %w", err)
 	}
-	warm, release, err := a.warm(name)
+	done, err := a.turn(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer done()
+	warm, release, err := a.warm(name) // not before its turn: one of those in front may make it
 	if err != nil {
 		a.log.Warn("warm snapshot not read, booting", "snapshot", name, "err", err)
 	}
+	watch.lap("queue")
+	booting := *p
+	booting.warm = name
 	if warm == nil {
-		booting := *p
-		booting.warm = name
-		return a.bootInTurn(ctx, booting, watch)
+		return a.assemble(ctx, booting, watch)
 	}
 	defer release()
 	restoring := *p
 	restoring.begin(warm, sandbox.StartWarm)
-	m, g, err := a.bootInTurn(ctx, restoring, watch)
+	m, g, err := a.assemble(ctx, restoring, watch)
 	if err == nil {
 		b.set(func(e *entry) { e.Began, e.Last = warm, warm }) // before release, so that the collector keeps it
 		*p = restoring
@@ -86,9 +92,7 @@ func (a *Agent) createMachine(ctx context.Context, b *box, p *plan, watch *stopw
 	}
 	a.collectSoon()
 	watch.lap("failed_restore")
-	booting := *p
-	booting.warm = name
-	return a.bootInTurn(ctx, booting, watch)
+	return a.assemble(ctx, booting, watch)
 }
 
 // warm finds a warm snapshot and pins it; nil if there is none.
