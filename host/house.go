@@ -123,7 +123,7 @@ func (a *Agent) goOnClearing(b *box) {
 		return
 	}
 	defer b.op.Unlock()
-	if e := b.now(); e.State != statePaused || e.VMM == nil && b.machine == nil || a.isClosed() {
+	if e := b.now(); e.State != statePaused || e.cleared() || a.isClosed() {
 		return
 	}
 	if err := a.clear(a.ctx, b); err != nil {

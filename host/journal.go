@@ -171,6 +171,10 @@ func decodeEntry(data []byte) (entry, error) {
 	return e, nil
 }
 
+// cleared says that nothing is left of the machine of a paused sandbox: each machine
+// has a token of its own, which goes with the last of it.
+func (e entry) cleared() bool { return e.State == statePaused && e.Token == "" }
+
 // roots are what the snapshot collector must keep for a sandbox.
 func (e entry) roots() []snapshot.Digest {
 	roots := append(e.Began.roots(), e.Last.roots()...)

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -496,6 +498,43 @@ func TestCreatesAreRestores(t *testing.T) {
 		}
 		r.mustResume(second)
 	}
+}
+
+// TestAStartLeavesPausedOnesAlone: of those of which nothing is left but the point,
+// it removes nothing once more, and notes nothing once more.
+func TestAStartLeavesPausedOnesAlone(t *testing.T) {
+	r := newSnapshotRig(t)
+	r.open()
+	id := r.mustCreate()
+	entry := filepath.Join(r.dir, "host/journal", string(id)+".json")
+	for _, left := range []struct {
+		by string
+		do func()
+	}{
+		{"a pause", func() { r.mustPause(id) }},
+		{"a resume that failed", func() {
+			defer fault.Set("host/restore/vm", fault.Nth(1, fault.Fail))()
+			if _, err := r.resume(id); err == nil {
+				t.Error("it was resumed, against all odds")
+			}
+		}},
+	} {
+		left.do()
+		before, err := os.Stat(entry)
+		if err != nil {
+			t.Fatal(err)
+		}
+		passed := pointsOf(func() { r.restart() })
+		for _, point := range passed {
+			if strings.HasPrefix(point, "host/destroy/") || strings.HasPrefix(point, "host/pause/") {
+				t.Errorf("a start after %s passes %s", left.by, point)
+			}
+		}
+		if after, err := os.Stat(entry); err != nil || !os.SameFile(before, after) {
+			t.Errorf("a start after %s has written its entry once more (%v)", left.by, err)
+		}
+	}
+	r.mustResume(id)
 }
 
 // TestOneOfACrowdBoots: those that wait for their turn behind it go on from what it

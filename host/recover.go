@@ -64,7 +64,7 @@ func (a *Agent) finishLeft(ctx context.Context, b *box) {
 		if err := a.finish(ctx, b); err != nil {
 			a.log.Error("sandbox not removed yet", "sandbox", b.id, "err", err)
 		}
-	case e.State == statePaused:
+	case e.State == statePaused && !e.cleared():
 		if err := a.clear(ctx, b); err != nil {
 			a.log.Error("paused sandbox not cleared yet", "sandbox", b.id, "err", err)
 		}

@@ -69,7 +69,7 @@ func (a *Agent) resume(ctx context.Context, b *box, req ResumeRequest) (err erro
 	defer context.AfterFunc(a.ctx, func() { cancel(errClosing) })()
 
 	watch := newStopwatch(a.cfg.Now)
-	if b.now().VMM != nil || b.machine != nil { // its pause could not clear up
+	if !b.now().cleared() { // its pause could not clear up
 		if err := a.clear(ctx, b); err != nil {
 			return fmt.Errorf("clear up after the pause: %w", err)
 		}
@@ -110,7 +110,11 @@ func (a *Agent) resume(ctx context.Context, b *box, req ResumeRequest) (err erro
 // resumeFailed takes a sandbox back to paused. What could not be rolled back is
 // left to the house-keeping.
 func (a *Agent) resumeFailed(ctx context.Context, b *box) error {
-	back := func(e *entry) { e.State = statePaused }
+	back := func(e *entry) {
+		if e.State = statePaused; b.machine == nil {
+			e.Token = "" // it was all rolled back
+		}
+	}
 	if b.now().State != stateResuming { // its intent was not even written
 		b.set(back)
 	}
