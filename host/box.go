@@ -42,6 +42,8 @@ type box struct {
 	awake context.Context
 	rest  context.CancelCauseFunc
 
+	short *point // its newest point, when that has been found short enough
+
 	joined  int // connections to its ports
 	use     activity
 	frozen  sandbox.Freeze // why it stands still

@@ -31,6 +31,9 @@ func DecodeEntry(data []byte) error {
 // CheckDisks looks for damage now.
 func (a *Agent) CheckDisks() { a.checkDisks(a.cfg.Now()) }
 
+// FlattenLong looks for long lines now.
+func (a *Agent) FlattenLong() { a.flattenLong(a.cfg.Now()) }
+
 // PauseIdle looks for idle sandboxes now, and returns when what it began is over.
 func (a *Agent) PauseIdle() {
 	a.pauseIdle(a.cfg.Now())

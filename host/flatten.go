@@ -13,21 +13,27 @@ import (
 // a limit the layers of the diffs are made one, in the background: the same bytes
 // under another digest. What a VM runs from stays what it was.
 
-const flattenTick = time.Second
-
-// flattenLong looks for lines that have grown too long.
+// flattenLong looks at the points that sandboxes have made since it looked last. A
+// copy begins with another one's: that is not its own to flatten, its next one is.
 func (a *Agent) flattenLong(time.Time) {
-	if a.cfg.Snapshots == nil || !a.grown.CompareAndSwap(true, false) {
+	if a.cfg.Snapshots == nil {
 		return
 	}
 	for _, b := range a.all() {
-		e := b.now()
-		if e.Last == nil || e.State != statePaused && e.State != stateRunning || a.ctx.Err() != nil {
+		b.mu.Lock()
+		e, short := b.entry, b.short
+		b.mu.Unlock()
+		last := e.Last
+		if last == nil || last == short || last.Guest != b.id || e.State != statePaused && e.State != stateRunning || a.ctx.Err() != nil {
 			continue
 		}
-		if err := a.flattenLine(a.ctx, b, e.Last); err != nil && a.ctx.Err() == nil {
+		err := a.flattenLine(a.ctx, b, last)
+		if err == nil {
+			b.mu.Lock()
+			b.short = last
+			b.mu.Unlock()
+		} else if a.ctx.Err() == nil {
 			a.log.Warn("a line of points not flattened, will try again", "sandbox", b.id, "err", err)
-			a.unflattened.Store(true)
 		}
 	}
 }

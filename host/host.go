@@ -122,11 +122,8 @@ type Agent struct {
 
 	commands commands
 
-	grown atomic.Bool // a line of points in the snapshot store may have become too long
-	// unflattened says that one could not be flattened.
-	unflattened atomic.Bool
-	garbage     atomic.Bool // something may have become needless in the snapshot store
-	naming      sync.Mutex  // one snapshot is given its name at a time
+	garbage atomic.Bool // something may have become needless in the snapshot store
+	naming  sync.Mutex  // one snapshot is given its name at a time
 
 	sweeping sync.Mutex // one sweep at a time; taken before mu
 
@@ -181,7 +178,6 @@ func Open(ctx context.Context, cfg Config) (_ *Agent, err error) {
 		a.log.Error("warm snapshots not swept", "err", err)
 	}
 	a.collectSoon() // what a crash left
-	a.grown.Store(true)
 	a.keepHouse()
 	return a, nil
 }

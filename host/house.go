@@ -26,7 +26,7 @@ func (a *Agent) keepHouse() {
 	for _, job := range []struct {
 		every time.Duration
 		do    func(now time.Time)
-	}{{houseTick, a.fireDeadlines}, {a.cfg.RetryEvery, a.retry}, {consoleSweepIn, a.sweepConsoles}, {spaceTick, a.watchSpace}, {damageTick, a.checkDisks}, {damageTick, func(now time.Time) { a.checkMemories(now).Wait() }}, {collectTick, a.collect}, {idleTick, a.pauseIdle}, {flattenTick, a.flattenLong}} {
+	}{{houseTick, a.fireDeadlines}, {a.cfg.RetryEvery, a.retry}, {consoleSweepIn, a.sweepConsoles}, {spaceTick, a.watchSpace}, {damageTick, a.checkDisks}, {damageTick, func(now time.Time) { a.checkMemories(now).Wait() }}, {collectTick, a.collect}, {idleTick, a.pauseIdle}, {a.cfg.RetryEvery, a.flattenLong}} {
 		a.wg.Go(func() { a.repeat(job.every, job.do) })
 	}
 }
@@ -76,9 +76,6 @@ func (a *Agent) fireDeadline(b *box, now time.Time) {
 
 // retry goes on with sandboxes that could not be removed or adopted.
 func (a *Agent) retry(now time.Time) {
-	if a.unflattened.CompareAndSwap(true, false) {
-		a.grown.Store(true)
-	}
 	stranded := false
 	for _, b := range a.all() {
 		e := b.now()

@@ -131,7 +131,6 @@ func (a *Agent) toDisk(ctx context.Context, b *box, why sandbox.PauseReason, wat
 		return nil, err
 	}
 	u.Take()
-	a.grown.Store(true)
 	return release, nil
 }
 

@@ -1,9 +1,11 @@
 package host_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -595,6 +597,41 @@ func TestLongLinesAreFlattened(t *testing.T) {
 	}
 	r.restart()
 	r.goesOn(id, model)
+}
+
+// TestAPauseLooksAtItsOwnLine alone, however many others there are.
+func TestAPauseLooksAtItsOwnLine(t *testing.T) {
+	r := newSnapshotRig(t)
+	with := r.agentCfg
+	var log bytes.Buffer
+	r.agentCfg = func(c *host.Config) {
+		with(c)
+		c.RetryEvery, c.Log = time.Hour, slog.New(slog.NewTextHandler(&log, nil))
+	}
+	r.open()
+	other, id := r.mustCreate(), r.mustCreate()
+	r.mustPause(other)
+	r.agent.FlattenLong()
+	manifest := r.store.ManifestPath(r.status(other).Point.Memory)
+	whole, err := os.ReadFile(manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(manifest, 100); err != nil {
+		t.Fatal(err)
+	}
+	r.mustPause(id)
+	r.agent.FlattenLong()
+	if err := os.WriteFile(manifest, whole, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.agent.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r.agent = nil
+	if said := "not flattened"; strings.Contains(log.String(), said) {
+		t.Errorf("the line of another one was read:\n%s", log.String())
+	}
 }
 
 // TestWarmSnapshotsAreFew: each shape makes one, and the oldest go.

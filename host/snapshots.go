@@ -186,7 +186,6 @@ func (a *Agent) captureLive(ctx context.Context, b *box, watch *stopwatch) (_ *p
 		return nil, nil, err
 	}
 	a.collectSoon() // the point before is nobody's any more
-	a.grown.Store(true)
 	return p, release, nil
 }
 
