@@ -55,14 +55,7 @@ func call[Req, Res any](
 	ctx context.Context, a *Agent, f FileRef, msg *Req,
 	rpc func(*guest) func(context.Context, *connect.Request[Req]) (*connect.Response[Res], error),
 ) (*Res, error) {
-	if err := f.check(); err != nil {
-		return nil, err
-	}
-	b, err := a.box(f.ID)
-	if err != nil {
-		return nil, err
-	}
-	g, ctx, cancel, err := a.guestOf(ctx, b)
+	g, ctx, cancel, err := a.fileAgent(ctx, f)
 	if err != nil {
 		return nil, err
 	}

@@ -12,6 +12,8 @@ import (
 	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
 	"github.com/dormouse-sandbox/dormouse/guest/guesttest"
 	"github.com/dormouse-sandbox/dormouse/host"
+	"github.com/dormouse-sandbox/dormouse/host/hostapi"
+	hostv1 "github.com/dormouse-sandbox/dormouse/host/hostapi/gen/dormouse/host/v1"
 	"github.com/dormouse-sandbox/dormouse/internal/tree"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
@@ -100,6 +102,74 @@ func TestTrees(t *testing.T) {
 	want := guestapi.Tree{Path: "/d", Report: tree.Report{Files: 2, Directories: 1, Bytes: 1 << 20, Skipped: 1, FirstSkipped: "p"}}
 	if err != nil || made != want {
 		t.Errorf("write: %+v, %v", made, err)
+	}
+}
+
+// TestAWriteAsControlSendsIt arrives whole at its place, in pieces as they come.
+func TestAWriteAsControlSendsIt(t *testing.T) {
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /files", func(w http.ResponseWriter, r *http.Request) {
+		body, err := io.ReadAll(r.Body)
+		if err != nil || string(body) != "hello, world" {
+			t.Errorf("%q, %v", body, err)
+		}
+		_, _ = fmt.Fprintf(w, `[{"path":%q}]`, r.URL.RawQuery)
+	})
+	mux.HandleFunc("POST /files/tree", func(w http.ResponseWriter, r *http.Request) {
+		n, err := io.Copy(io.Discard, r.Body)
+		if err != nil {
+			t.Error(err)
+		}
+		_, _ = fmt.Fprintf(w, `{"path":%q,"bytes":%d}`, r.URL.RawQuery, n)
+	})
+	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	r := newRig(t)
+	hostile(r, mux)
+	c := remote(t, r.open())
+	id := string(r.mustCreate())
+	const where = "path=%2Fx&username=u"
+
+	file := c.WriteFile(t.Context())
+	err := file.Send(&hostv1.WriteFileRequest{Message: &hostv1.WriteFileRequest_Start_{Start: &hostv1.WriteFileRequest_Start{Id: id, Path: "/x", User: "u"}}})
+	for _, piece := range []string{"hello", "", ", world"} {
+		err = errors.Join(err, file.Send(&hostv1.WriteFileRequest{Message: &hostv1.WriteFileRequest_Data{Data: []byte(piece)}}))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	written, err := file.CloseAndReceive()
+	if err != nil || written.Msg.GetPath() != where || written.Msg.GetSize() != 12 {
+		t.Errorf("a file: %v, %v", written, err)
+	}
+
+	whole := c.WriteTree(t.Context())
+	err = whole.Send(&hostv1.WriteTreeRequest{Message: &hostv1.WriteTreeRequest_Start_{Start: &hostv1.WriteTreeRequest_Start{Id: id, Path: "/x", User: "u"}}})
+	err = errors.Join(err, whole.Send(&hostv1.WriteTreeRequest{Message: &hostv1.WriteTreeRequest_Data{Data: make([]byte, 100<<10)}}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	made, err := whole.CloseAndReceive()
+	if err != nil || made.Msg.GetPath() != where || made.Msg.GetBytes() != 100<<10 {
+		t.Errorf("a tree: %v, %v", made, err)
+	}
+}
+
+// TestAWriteThatDoesNotBegin says what is missing.
+func TestAWriteThatDoesNotBegin(t *testing.T) {
+	r := newRig(t)
+	c := remote(t, r.open())
+	for want, message := range map[string]*hostv1.WriteFileRequest{
+		"a write needs a first message":              nil,
+		"the first message of a write must be start": {Message: &hostv1.WriteFileRequest_Data{Data: []byte("x")}},
+	} {
+		stream := c.WriteFile(t.Context())
+		if message != nil {
+			_ = stream.Send(message) // the answer has the reason
+		}
+		_, err := stream.CloseAndReceive()
+		if err = hostapi.FromConnect(err); !sandbox.Is(err, sandbox.KindInvalid) || err.Error() != want {
+			t.Errorf("%v, want %s", err, want)
+		}
 	}
 }
 

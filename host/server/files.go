@@ -35,15 +35,24 @@ func encodeFile(e *filesystem.EntryInfo) *hostv1.FileEntry {
 	}
 }
 
+// named is what names a file.
+type named interface {
+	GetId() string
+	GetPath() string
+	GetUser() string
+}
+
+func ref(m named) host.FileRef {
+	return host.FileRef{ID: m.GetId(), Path: m.GetPath(), User: m.GetUser()}
+}
+
 func (s *server) StatFile(ctx context.Context, req *connect.Request[hostv1.StatFileRequest]) (*connect.Response[hostv1.StatFileResponse], error) {
-	m := req.Msg
-	e, err := s.agent.Stat(ctx, host.FileRef{ID: m.GetId(), Path: m.GetPath(), User: m.GetUser()})
+	e, err := s.agent.Stat(ctx, ref(req.Msg))
 	return answer(&hostv1.StatFileResponse{Entry: encodeFile(e)}, err)
 }
 
 func (s *server) ListDir(ctx context.Context, req *connect.Request[hostv1.ListDirRequest]) (*connect.Response[hostv1.ListDirResponse], error) {
-	m := req.Msg
-	entries, err := s.agent.ListDir(ctx, host.FileRef{ID: m.GetId(), Path: m.GetPath(), User: m.GetUser()}, m.GetDepth())
+	entries, err := s.agent.ListDir(ctx, ref(req.Msg), req.Msg.GetDepth())
 	out := &hostv1.ListDirResponse{}
 	for _, e := range entries {
 		out.Entries = append(out.Entries, encodeFile(e))
@@ -52,8 +61,7 @@ func (s *server) ListDir(ctx context.Context, req *connect.Request[hostv1.ListDi
 }
 
 func (s *server) MakeDir(ctx context.Context, req *connect.Request[hostv1.MakeDirRequest]) (*connect.Response[hostv1.MakeDirResponse], error) {
-	m := req.Msg
-	e, err := s.agent.MakeDir(ctx, host.FileRef{ID: m.GetId(), Path: m.GetPath(), User: m.GetUser()})
+	e, err := s.agent.MakeDir(ctx, ref(req.Msg))
 	return answer(&hostv1.MakeDirResponse{Entry: encodeFile(e)}, err)
 }
 
@@ -64,14 +72,11 @@ func (s *server) MoveFile(ctx context.Context, req *connect.Request[hostv1.MoveF
 }
 
 func (s *server) RemoveFile(ctx context.Context, req *connect.Request[hostv1.RemoveFileRequest]) (*connect.Response[hostv1.RemoveFileResponse], error) {
-	m := req.Msg
-	err := s.agent.Remove(ctx, host.FileRef{ID: m.GetId(), Path: m.GetPath(), User: m.GetUser()})
-	return answer(&hostv1.RemoveFileResponse{}, err)
+	return answer(&hostv1.RemoveFileResponse{}, s.agent.Remove(ctx, ref(req.Msg)))
 }
 
 func (s *server) ReadFile(ctx context.Context, req *connect.Request[hostv1.ReadFileRequest], stream *connect.ServerStream[hostv1.ReadFileResponse]) error {
-	m := req.Msg
-	err := s.agent.ReadFile(ctx, host.FileRef{ID: m.GetId(), Path: m.GetPath(), User: m.GetUser()},
+	err := s.agent.ReadFile(ctx, ref(req.Msg),
 		func(size int64) error {
 			return stream.Send(&hostv1.ReadFileResponse{Message: &hostv1.ReadFileResponse_Size{Size: size}})
 		},
@@ -82,24 +87,16 @@ func (s *server) ReadFile(ctx context.Context, req *connect.Request[hostv1.ReadF
 }
 
 func (s *server) WriteFile(ctx context.Context, stream *connect.ClientStream[hostv1.WriteFileRequest]) (*connect.Response[hostv1.WriteFileResponse], error) {
-	if !stream.Receive() {
-		if err := stream.Err(); err != nil {
-			return nil, err
-		}
-		return nil, hostapi.ToConnect(sandbox.Errorf(sandbox.KindInvalid, "a write needs a first message"))
+	to, data, err := write(stream, (*hostv1.WriteFileRequest).GetStart, (*hostv1.WriteFileRequest).GetData)
+	if err != nil {
+		return nil, err
 	}
-	start := stream.Msg().GetStart()
-	if start == nil {
-		return nil, hostapi.ToConnect(sandbox.Errorf(sandbox.KindInvalid, "the first message of a write must be start"))
-	}
-	ref := host.FileRef{ID: start.GetId(), Path: start.GetPath(), User: start.GetUser()}
-	path, size, err := s.agent.WriteFile(ctx, ref, &pieces[hostv1.WriteFileRequest, *hostv1.WriteFileRequest]{stream: stream})
+	path, size, err := s.agent.WriteFile(ctx, to, data)
 	return answer(&hostv1.WriteFileResponse{Path: path, Size: size}, err)
 }
 
 func (s *server) ReadTree(ctx context.Context, req *connect.Request[hostv1.ReadTreeRequest], stream *connect.ServerStream[hostv1.ReadTreeResponse]) error {
-	m := req.Msg
-	err := s.agent.ReadTree(ctx, host.FileRef{ID: m.GetId(), Path: m.GetPath(), User: m.GetUser()},
+	err := s.agent.ReadTree(ctx, ref(req.Msg),
 		func() error {
 			return stream.Send(&hostv1.ReadTreeResponse{Message: &hostv1.ReadTreeResponse_Started_{Started: &hostv1.ReadTreeResponse_Started{}}})
 		},
@@ -110,45 +107,61 @@ func (s *server) ReadTree(ctx context.Context, req *connect.Request[hostv1.ReadT
 }
 
 func (s *server) WriteTree(ctx context.Context, stream *connect.ClientStream[hostv1.WriteTreeRequest]) (*connect.Response[hostv1.WriteTreeResponse], error) {
-	if !stream.Receive() {
-		if err := stream.Err(); err != nil {
-			return nil, err
-		}
-		return nil, hostapi.ToConnect(sandbox.Errorf(sandbox.KindInvalid, "a write needs a first message"))
+	to, data, err := write(stream, (*hostv1.WriteTreeRequest).GetStart, (*hostv1.WriteTreeRequest).GetData)
+	if err != nil {
+		return nil, err
 	}
-	start := stream.Msg().GetStart()
-	if start == nil {
-		return nil, hostapi.ToConnect(sandbox.Errorf(sandbox.KindInvalid, "the first message of a write must be start"))
-	}
-	ref := host.FileRef{ID: start.GetId(), Path: start.GetPath(), User: start.GetUser()}
-	made, err := s.agent.WriteTree(ctx, ref, &pieces[hostv1.WriteTreeRequest, *hostv1.WriteTreeRequest]{stream: stream})
+	made, err := s.agent.WriteTree(ctx, to, data)
 	return answer(&hostv1.WriteTreeResponse{
 		Path: made.Path, Files: made.Files, Directories: made.Directories, Bytes: made.Bytes,
 		Skipped: made.Skipped, FirstSkipped: strings.ToValidUTF8(made.FirstSkipped, "\uFFFD"),
 	}, err)
 }
 
-// dataMessage is one message of an upload.
-type dataMessage[T any] interface {
-	*T
-	GetData() []byte
+// write reads how a write begins: where to, and from then on what. start and data are
+// what a message of it may have.
+func write[M any, S interface {
+	comparable
+	named
+}](stream *connect.ClientStream[M], start func(*M) S, data func(*M) []byte) (host.FileRef, io.Reader, error) {
+	if !stream.Receive() {
+		if err := stream.Err(); err != nil {
+			return host.FileRef{}, nil, err
+		}
+		return host.FileRef{}, nil, hostapi.ToConnect(sandbox.Errorf(sandbox.KindInvalid, "a write needs a first message"))
+	}
+	var none S
+	to := start(stream.Msg())
+	if to == none {
+		return host.FileRef{}, nil, hostapi.ToConnect(sandbox.Errorf(sandbox.KindInvalid, "the first message of a write must be start"))
+	}
+	return ref(to), &pieces{next: func() ([]byte, error) {
+		if stream.Receive() {
+			return data(stream.Msg()), nil
+		}
+		if err := stream.Err(); err != nil {
+			return nil, err
+		}
+		return nil, io.EOF
+	}}, nil
 }
 
-// pieces reads the data messages of a write one after the other.
-type pieces[T any, M dataMessage[T]] struct {
-	stream *connect.ClientStream[T]
-	rest   []byte
+// pieces reads the data messages of an upload one after the other.
+type pieces struct {
+	next func() ([]byte, error)
+	rest []byte
 }
 
-func (p *pieces[T, M]) Read(b []byte) (int, error) {
+func (p *pieces) Read(b []byte) (int, error) {
 	for len(p.rest) == 0 {
-		if !p.stream.Receive() {
-			if err := p.stream.Err(); err != nil && !errors.Is(err, io.EOF) {
-				return 0, sandbox.Errorf(sandbox.KindTransient, "the upload was cut: %w", err)
-			}
+		data, err := p.next()
+		if errors.Is(err, io.EOF) {
 			return 0, io.EOF
 		}
-		p.rest = M(p.stream.Msg()).GetData()
+		if err != nil {
+			return 0, sandbox.Errorf(sandbox.KindTransient, "the upload was cut: %w", err)
+		}
+		p.rest = data
 	}
 	n := copy(b, p.rest)
 	p.rest = p.rest[n:]
@@ -156,8 +169,7 @@ func (p *pieces[T, M]) Read(b []byte) (int, error) {
 }
 
 func (s *server) WatchDir(ctx context.Context, req *connect.Request[hostv1.WatchDirRequest], stream *connect.ServerStream[hostv1.WatchDirResponse]) error {
-	m := req.Msg
-	lost, err := s.agent.Watch(ctx, host.FileRef{ID: m.GetId(), Path: m.GetPath(), User: m.GetUser()}, m.GetRecursive(),
+	lost, err := s.agent.Watch(ctx, ref(req.Msg), req.Msg.GetRecursive(),
 		func() error {
 			return stream.Send(&hostv1.WatchDirResponse{Message: &hostv1.WatchDirResponse_Started_{Started: &hostv1.WatchDirResponse_Started{}}})
 		},

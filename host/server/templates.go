@@ -60,8 +60,12 @@ func (s *server) BuildTemplate(ctx context.Context, stream *buildStream) error {
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	upload := &pieces{next: func() ([]byte, error) {
+		m, err := stream.Receive()
+		return m.GetData(), err
+	}}
 	var mu sync.Mutex // a build's news comes from one goroutine at a time, but not from one
-	made, err := s.agent.BuildTemplate(ctx, buildRequest(start), &upload{stream: stream}, func(e template.Event) {
+	made, err := s.agent.BuildTemplate(ctx, buildRequest(start), upload, func(e template.Event) {
 		mu.Lock()
 		defer mu.Unlock()
 		event := &hostv1.BuildTemplateResponse_Event{Step: valid(e.Step), Fraction: e.Fraction, Line: valid(e.Line)}
@@ -84,28 +88,6 @@ func buildRequest(m *hostv1.BuildTemplateRequest_Start) host.BuildRequest {
 		r.Registries[name] = oci.Credentials{Username: login.GetUsername(), Password: login.GetPassword(), Token: login.GetToken()}
 	}
 	return r
-}
-
-// upload reads the data messages of a build one after the other.
-type upload struct {
-	stream *buildStream
-	rest   []byte
-}
-
-func (u *upload) Read(b []byte) (int, error) {
-	for len(u.rest) == 0 {
-		m, err := u.stream.Receive()
-		if errors.Is(err, io.EOF) {
-			return 0, io.EOF
-		}
-		if err != nil {
-			return 0, sandbox.Errorf(sandbox.KindTransient, "the upload was cut: %w", err)
-		}
-		u.rest = m.GetData()
-	}
-	n := copy(b, u.rest)
-	u.rest = u.rest[n:]
-	return n, nil
 }
 
 func (s *server) GetTemplate(_ context.Context, req *connect.Request[hostv1.GetTemplateRequest]) (*connect.Response[hostv1.GetTemplateResponse], error) {
