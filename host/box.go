@@ -116,7 +116,7 @@ func (a *Agent) reach(ctx context.Context, b *box) (*guest, context.Context, con
 		return nil, nil, nil, errNotRunning(e)
 	}
 	if frozen != "" {
-		return nil, nil, nil, a.errFrozen(b.id)
+		return nil, nil, nil, a.errFrozen(b.id, frozen)
 	}
 	if g == nil {
 		return nil, nil, nil, sandbox.Errorf(sandbox.KindTransient, "sandbox %s is being taken over after a restart; try again", b.id)

@@ -89,8 +89,8 @@ func (a *Agent) pausable(b *box) error {
 		return sandbox.Errorf(sandbox.KindTransient, "sandbox %s is being taken over after a restart; try again", b.id)
 	case b.machine.base.IsZero():
 		return sandbox.Errorf(sandbox.KindUnsupported, "sandbox %s was made before this host kept snapshots", b.id)
-	case b.isFrozen():
-		return a.errFrozen(b.id)
+	case b.standsStill() != "":
+		return a.errFrozen(b.id, b.standsStill())
 	}
 	return nil
 }

@@ -185,6 +185,51 @@ func TestPauseFailsAt(t *testing.T) {
 	}
 }
 
+// TestWhatStandsStillSaysWhy: one that a pause has left frozen is not one whose host
+// has no space.
+func TestWhatStandsStillSaysWhy(t *testing.T) {
+	r := newSnapshotRig(t)
+	r.open()
+	id := r.mustCreate()
+	defer fault.Set("host/capture/devices", fault.Nth(1, fault.Fail))()
+	r.sick.Store(true)
+	if _, err := r.agent.Pause(t.Context(), string(id)); !errors.Is(err, fault.ErrInjected) {
+		t.Fatalf("the pause: %v", err)
+	}
+	if got := r.status(id); got.State != "running" || got.Frozen != sandbox.FreezeSave {
+		t.Errorf("it is %s, frozen: %q", got.State, got.Frozen)
+	}
+	_, ping := r.agent.Ping(t.Context(), string(id))
+	_, pause := r.agent.Pause(t.Context(), string(id))
+	for _, err := range []error{ping, pause} {
+		if !sandbox.Is(err, sandbox.KindTransient) || !strings.Contains(err.Error(), "given up") {
+			t.Errorf("a caller is told %v", err)
+		}
+	}
+	r.sick.Store(false)
+	r.settles(id, nil)
+}
+
+// TestAnAdoptedGuestIsWoken: the agent died while it had a guest's processes frozen,
+// and the guest does not answer the next one at once.
+func TestAnAdoptedGuestIsWoken(t *testing.T) {
+	r := newSnapshotRig(t)
+	r.open()
+	id := r.mustCreate()
+	r.sick.Store(true)
+	var stood atomic.Bool
+	defer fault.Set("host/adopt/wake", fault.Nth(3, func(context.Context, string) error {
+		stood.Store(r.stands(id))
+		r.sick.Store(false)
+		return nil
+	}))()
+	r.killAt("host/capture/devices", func(dying *host.Agent) { _, _ = dying.Pause(t.Context(), string(id)) })
+	r.settles(id, nil)
+	if !stood.Load() {
+		t.Error("its processes were not frozen")
+	}
+}
+
 // settles waits until a sandbox runs or is paused, with nothing left of it.
 func (r *snapshotRig) settles(id sandbox.ID, failed error) {
 	r.t.Helper()

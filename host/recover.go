@@ -118,7 +118,8 @@ func (a *Agent) takeOver(ctx context.Context, b *box) {
 		b.guest, b.vm, b.disk = g, m.vm, m.disk
 		b.mu.Unlock()
 		a.wake(ctx, b, m.vm)
-		a.wg.Go(func() { a.wakeGuest(a.ctx, b, g) })
+		awake := b.awakened()
+		a.wg.Go(func() { a.wakeGuest(b, g, awake) })
 		a.attend(b, m)
 		a.log.Info("sandbox adopted", "sandbox", b.id, "pid", e.VMM.PID)
 	}

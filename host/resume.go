@@ -10,6 +10,13 @@ import (
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
 
+// An adopted guest that does not answer is asked to go on after wakeAgain, and then
+// ever more seldom.
+const (
+	wakeAgain  = 100 * time.Millisecond
+	wakeSeldom = 30 * time.Second
+)
+
 // ResumeRequest says what to resume.
 type ResumeRequest struct {
 	ID       sandbox.ID
@@ -148,11 +155,31 @@ func (a *Agent) attend(b *box, m *machine) {
 }
 
 // wakeGuest lets the processes of an adopted guest run, in case that an earlier
-// agent died while it had them frozen.
-func (a *Agent) wakeGuest(ctx context.Context, b *box, g *guest) {
+// agent died while it had them frozen. It tries until the guest answers: one whose
+// VM stands still for want of space does so when there is some.
+func (a *Agent) wakeGuest(b *box, g *guest, awake context.Context) {
+	awake, cancel := context.WithCancel(awake)
+	defer cancel()
+	defer context.AfterFunc(a.ctx, cancel)()
+	for wait := wakeAgain; ; wait = min(2*wait, wakeSeldom) {
+		err := a.wakeOnce(awake, b, g)
+		if err == nil || awake.Err() != nil {
+			return
+		}
+		a.log.Warn("adopted guest not woken, will try again", "sandbox", b.id, "err", err)
+		select {
+		case <-awake.Done():
+			return
+		case <-time.After(wait):
+		}
+	}
+}
+
+// wakeOnce holds op: nothing wakes a guest that a pause has frozen meanwhile.
+func (a *Agent) wakeOnce(ctx context.Context, b *box, g *guest) error {
+	b.op.Lock()
+	defer b.op.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, dialLimit)
 	defer cancel()
-	if err := errors.Join(fault.Point(ctx, "host/adopt/wake"), g.thaw(ctx, a.key, b.id, a.cfg.Now())); err != nil {
-		a.log.Warn("adopted guest not woken", "sandbox", b.id, "err", err)
-	}
+	return errors.Join(fault.Point(ctx, "host/adopt/wake"), g.thaw(ctx, a.key, b.id, a.cfg.Now()))
 }

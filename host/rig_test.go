@@ -197,7 +197,13 @@ func (r *rig) guest(ctx context.Context, m vmmfake.Inside) error {
 		_ = json.NewEncoder(w).Encode(guestapi.Metrics{CPUCount: m.Spec.VCPUs}) // whoever asks sees it
 	})
 	mux.HandleFunc("POST /freeze", func(w http.ResponseWriter, _ *http.Request) { r.stand(m.Spec.ID, true, w) })
-	mux.HandleFunc("POST /thaw", func(w http.ResponseWriter, _ *http.Request) { r.stand(m.Spec.ID, false, w) })
+	mux.HandleFunc("POST /thaw", func(w http.ResponseWriter, _ *http.Request) {
+		if r.sick.Load() {
+			w.WriteHeader(http.StatusInternalServerError)
+			return
+		}
+		r.stand(m.Spec.ID, false, w)
+	})
 	mux.HandleFunc("GET /files", func(w http.ResponseWriter, req *http.Request) {
 		w.WriteHeader(http.StatusOK)
 		w.(http.Flusher).Flush()

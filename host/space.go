@@ -88,10 +88,13 @@ func (b *box) grew() bool {
 	return before != 0 && size > before
 }
 
-func (b *box) isFrozen() bool {
+func (b *box) isFrozen() bool { return b.standsStill() != "" }
+
+// standsStill is why, if it does.
+func (b *box) standsStill() sandbox.Freeze {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.frozen != ""
+	return b.frozen
 }
 
 // inTheBackground freezes or thaws a running sandbox, with op held: a VMM that
@@ -135,10 +138,19 @@ func (a *Agent) freeze(ctx context.Context, b *box, vm vmm.Machine) error {
 	return nil
 }
 
-// thaw lets it go on; the caller holds op.
+// thaw lets it go on, and its guest's processes if a pause or snapshot has left
+// them frozen; the caller holds op.
 func (a *Agent) thaw(ctx context.Context, b *box, vm vmm.Machine) error {
 	if err := vm.Thaw(ctx); err != nil {
 		return fmt.Errorf("thaw: %w", err)
+	}
+	b.mu.Lock()
+	why, g := b.frozen, b.guest
+	b.mu.Unlock()
+	if why == sandbox.FreezeSave {
+		if err := g.thaw(ctx, a.key, b.id, a.cfg.Now()); err != nil {
+			return fmt.Errorf("thaw the guest's processes: %w", err)
+		}
 	}
 	b.setFrozen("")
 	a.log.Info("sandbox goes on", "sandbox", b.id)
@@ -169,7 +181,10 @@ func (a *Agent) wake(ctx context.Context, b *box, vm vmm.Machine) {
 }
 
 // errFrozen is what callers are told meanwhile.
-func (a *Agent) errFrozen(id sandbox.ID) error {
+func (a *Agent) errFrozen(id sandbox.ID, why sandbox.Freeze) error {
+	if why == sandbox.FreezeSave {
+		return sandbox.Errorf(sandbox.KindTransient, "sandbox %s stands still: a pause or snapshot was given up, and it has not gone on yet; that is tried again", id)
+	}
 	return sandbox.Errorf(sandbox.KindNoSpace,
 		"sandbox %s is frozen: the host has less than %d MiB of free disk; it goes on when there is more", id, a.cfg.ReserveMiB)
 }
