@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -61,6 +62,18 @@ func (p person) types(status int, args ...string) string {
 	return out.String()
 }
 
+// tells prints, when a test has failed, what the server has written down.
+func (p person) tells(data string) {
+	if !p.t.Failed() {
+		return
+	}
+	entries, _ := filepath.Glob(filepath.Join(data, "host", "journal", "*.json")) // the pattern is a good one
+	for _, path := range append(entries, filepath.Join(data, "server.log")) {
+		text, err := os.ReadFile(path)
+		p.t.Logf("%s: %v\n%s", path, err, text)
+	}
+}
+
 // has checks for parts of what was printed.
 func (p person) has(out string, parts ...string) {
 	p.t.Helper()
@@ -85,6 +98,7 @@ func TestFromUpToDown(t *testing.T) {
 	p := newPerson(t)
 	data := p.server.Data
 	t.Cleanup(func() { p.types(0, "down", "--data", data) }) // by then there is nothing to stop, if all went well
+	t.Cleanup(func() { p.tells(data) })
 	up := append([]string{"up", "--detach", "--data", data, "--listen", "127.0.0.1:0"}, testkit.UpFlags()...)
 	p.has(p.types(0, up...), "VMs run on qemu with ", "proof: in sandbox", "\n  42\n")
 	again := p.types(0, up...)
