@@ -75,8 +75,8 @@ func (c *Config) check() error {
 			return errors.New("lab: Config." + name + " is not set")
 		}
 	}
-	if c.QEMU == "" {
-		c.QEMU = "qemu-system-x86_64"
+	if len(c.QEMU) == 0 {
+		c.QEMU = []string{"qemu-system-x86_64"}
 	}
 	setDefault(&c.VCPUs, 2)
 	setDefault(&c.MemMiB, 4096)

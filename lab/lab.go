@@ -27,10 +27,10 @@ const (
 
 // Config says what a lab is made of.
 type Config struct {
-	QEMU   string // program; empty is qemu-system-x86_64
-	Kernel string // ELF file or bzImage
-	Initrd string // with lab/init as /init
-	Root   string // raw ext4 with a distribution and the kernel's modules; never written to
+	QEMU   []string // a program and its first arguments; empty is qemu-system-x86_64
+	Kernel string   // ELF file or bzImage
+	Initrd string   // with lab/init as /init
+	Root   string   // raw ext4 with a distribution and the kernel's modules; never written to
 	Disks  []Disk
 	// Dir is a folder of this lab's own, for disks and logs. It stays.
 	Dir string

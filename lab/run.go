@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/dormouse-sandbox/dormouse/lab/wire"
@@ -28,6 +29,9 @@ type Command struct {
 
 // ErrDead says that a lab has ended, or does not answer any more.
 var ErrDead = errors.New("the lab is dead")
+
+// ErrPanic is an ErrDead: the lab's own kernel came upon something impossible.
+var ErrPanic = errors.New("its kernel has died")
 
 // Run runs a command and hands its output on as it comes. When ctx ends, all that
 // the command has started is killed. One command runs at a time; what it leaves
@@ -64,7 +68,13 @@ func (l *Lab) Run(ctx context.Context, c Command) (wire.Status, error) {
 	}
 }
 
-func (l *Lab) dead(err error) error { return fmt.Errorf("%w: %w", ErrDead, l.vm.lost(err)) }
+func (l *Lab) dead(err error) error {
+	err = l.vm.lost(err)
+	if strings.Contains(l.vm.console(), "Kernel panic - not syncing: Fatal exception") {
+		err = fmt.Errorf("%w: %w", ErrPanic, err)
+	}
+	return fmt.Errorf("%w: %w", ErrDead, err)
+}
 
 // take handles one frame; end says that it was the command's last.
 func (c Command) take(f frame) (status wire.Status, end bool, err error) {

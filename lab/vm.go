@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -64,7 +65,7 @@ func startVM(c Config, args []string) (*vm, error) {
 		dir: c.Dir, port: near, conn: wire.New(near),
 		frames: make(chan frame, 16), stuck: make(chan struct{}), up: make(chan struct{}), gone: make(chan struct{}),
 	}
-	v.cmd = exec.Command(c.QEMU, args...)
+	v.cmd = exec.Command(c.QEMU[0], slices.Concat(c.QEMU[1:], args)...)
 	v.cmd.Stdout, v.cmd.Stderr = log, log
 	v.cmd.ExtraFiles = []*os.File{far}
 	v.cmd.Env = append(os.Environ(), "TMPDIR="+c.Dir)

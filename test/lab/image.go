@@ -41,7 +41,8 @@ type machine struct {
 	Kernel string // an ELF file: unpacking a bzImage under emulation costs a second
 	Initrd string
 	Root   string
-	Cache  string // a disk with what sandboxes are made from; empty if there is none
+	QEMU   []string // see lab.Config
+	Cache  string   // a disk with what sandboxes are made from; empty if there is none
 }
 
 func machineFile(cache string) string { return filepath.Join(cache, "lab", "lab.json") }
@@ -66,6 +67,7 @@ func (o options) prepare(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("prepare: %w", err)
 	}
+	m.QEMU = o.emulator(ctx)
 	if m.Cache, err = cacheDisk(ctx, o.cache); err != nil {
 		return fmt.Errorf("prepare: disk with what sandboxes are made from: %w", err)
 	}

@@ -127,7 +127,7 @@ func (o options) boot(ctx context.Context, temp string, disks ...lab.Disk) (*ses
 		disks = append(disks, lab.Disk{Serial: "cache", File: m.Cache, Path: "/var/cache/dormouse", Overlay: true})
 	}
 	l, err := lab.Boot(ctx, lab.Config{
-		Kernel: m.Kernel, Initrd: m.Initrd, Root: m.Root, Disks: disks, Dir: temp,
+		QEMU: m.QEMU, Kernel: m.Kernel, Initrd: m.Initrd, Root: m.Root, Disks: disks, Dir: temp,
 		VCPUs: o.vcpus, MemMiB: o.memMiB, Say: say,
 	})
 	if err != nil {

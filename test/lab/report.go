@@ -6,8 +6,11 @@ import (
 	"io"
 	"regexp"
 	"slices"
+	"strings"
 	"sync"
 	"time"
+
+	"github.com/dormouse-sandbox/dormouse/vmm/qemu"
 )
 
 // report reads the output of a test binary that runs with -test.v.
@@ -20,12 +23,15 @@ type report struct {
 	skips   int    // subtests, too
 	needs   []need // why
 	partial []byte
+	current string          // whose output comes
+	resets  map[string]bool // tests that told of a guest that was reset without a word
 }
 
 // need is what testkit.Require says when it skips a test.
 type need struct{ name, said string }
 
 var (
+	running = regexp.MustCompile(`^=== (?:RUN|CONT|NAME) +([^/\s]+)`)
 	outcome = regexp.MustCompile(`^( *)--- (PASS|FAIL|SKIP): (\S+) \(`)
 	needs   = regexp.MustCompile(`^ +(\S+\.go:\d+: needs (\S+): .*)`)
 )
@@ -51,6 +57,15 @@ func (r *report) Write(p []byte) (int, error) {
 }
 
 func (r *report) line(line string) {
+	if m := running.FindStringSubmatch(line); m != nil {
+		r.current = m[1]
+	}
+	if strings.Contains(line, qemu.DetailReset) {
+		if r.resets == nil {
+			r.resets = map[string]bool{}
+		}
+		r.resets[r.current] = true
+	}
 	if m := needs.FindStringSubmatch(line); m != nil {
 		r.needs = append(r.needs, need{name: m[2], said: m[1]})
 	}
@@ -71,6 +86,13 @@ func (r *report) line(line string) {
 	case "SKIP":
 		r.skips++
 	}
+}
+
+// onlyResets says that tests have failed, and each of them told of a guest that was
+// reset. See docs/decisions.md: the emulator does that to guests of its KVM.
+func (r *report) onlyResets() bool {
+	other := func(test string) bool { return !r.resets[test] }
+	return len(r.failed) > 0 && !slices.ContainsFunc(r.failed, other)
 }
 
 // counts is the closing line's middle.

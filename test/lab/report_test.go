@@ -37,3 +37,31 @@ func TestSkipsAreAccountedFor(t *testing.T) {
 		})
 	}
 }
+
+// TestOnlyWhatTheEmulatorBrokeRunsAgain: every test that failed must have told of a
+// guest that was reset.
+func TestOnlyWhatTheEmulatorBrokeRunsAgain(t *testing.T) {
+	const said = "    a_test.go:9: exec: guest_exit: the guest rebooted, which ends it\n"
+	for _, tt := range []struct {
+		name, output string
+		want         bool
+	}{
+		{"passed", "=== RUN   TestA\n--- PASS: TestA (0.00s)\n", false},
+		{"reset, and passed", "=== RUN   TestA\n" + said + "--- PASS: TestA (0.00s)\n", false},
+		{"reset", "=== RUN   TestA\n" + said + "--- FAIL: TestA (0.00s)\n", true},
+		{"reset in a subtest", "=== RUN   TestA\n=== RUN   TestA/b\n" + said + "--- FAIL: TestA (0.00s)\n    --- FAIL: TestA/b (0.00s)\n", true},
+		{"another's reset", "=== RUN   TestA\n" + said + "--- PASS: TestA (0.00s)\n=== RUN   TestB\n--- FAIL: TestB (0.00s)\n", false},
+		{"one of two", "=== RUN   TestA\n" + said + "--- FAIL: TestA (0.00s)\n=== RUN   TestB\n--- FAIL: TestB (0.00s)\n", false},
+		{"in parallel", "=== RUN   TestA\n=== RUN   TestB\n=== NAME  TestA\n" + said + "=== NAME  TestB\n--- FAIL: TestB (0.00s)\n--- PASS: TestA (0.00s)\n", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := &report{}
+			if _, err := io.WriteString(r, tt.output); err != nil {
+				t.Fatal(err)
+			}
+			if got := r.onlyResets(); got != tt.want {
+				t.Errorf("it is %v, want %v", got, tt.want)
+			}
+		})
+	}
+}

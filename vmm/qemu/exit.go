@@ -48,6 +48,9 @@ func (e evidence) unread() bool {
 
 const badAddress = "kvm run failed Bad address"
 
+// DetailReset is said of a guest that rebooted and had printed no panic.
+const DetailReset = "the guest rebooted, which ends it"
+
 func guestEnd(e evidence) (sandbox.Cause, string) {
 	if e.shutdown == "guest-shutdown" {
 		return sandbox.CauseGuestExit, "the guest powered off"
@@ -57,7 +60,7 @@ func guestEnd(e evidence) (sandbox.Cause, string) {
 	case line == "" && e.shutdown == "":
 		return sandbox.CauseGuestExit, "the guest ended, without saying how"
 	case line == "":
-		return sandbox.CauseGuestExit, "the guest rebooted, which ends it"
+		return sandbox.CauseGuestExit, DetailReset
 	case outOfMemory.MatchString(line):
 		return sandbox.CauseOOMGuest, "the guest ran out of memory: kernel panic: " + line
 	}
