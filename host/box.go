@@ -63,6 +63,7 @@ func newBox(e entry) *box {
 func (b *box) sleep(why error) {
 	b.mu.Lock()
 	rest := b.rest
+	b.mute = 0
 	b.mu.Unlock()
 	rest(why)
 	b.shut()
