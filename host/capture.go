@@ -211,7 +211,7 @@ func (a *Agent) keep(ctx context.Context, e entry, now moment, watch *stopwatch)
 		}
 	}()
 	p := e.pointNow(a.cfg.VMM.Capabilities().Compat, now.guest)
-	p.At = watch.stoodAt
+	p.At, p.Above = watch.stoodAt, a.descend(e.Last)
 	for _, part := range []struct {
 		kind   snapshot.Kind
 		parent snapshot.Digest

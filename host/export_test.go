@@ -115,3 +115,6 @@ func (a *Agent) IdentifyGuest(ctx context.Context, id string, before sandbox.ID,
 
 // CheckMemories looks for damaged memories now, and waits for what comes of it.
 func (a *Agent) CheckMemories() { a.checkMemories(a.cfg.Now()).Wait() }
+
+// Collect does at once what the house-keeping does in time.
+func (a *Agent) Collect() { a.collect(time.Now()) }

@@ -71,6 +71,7 @@ func (a *Agent) flattenLine(ctx context.Context, b *box, old *point) error {
 	if len(pins) == 0 {
 		return nil
 	}
+	next.Above = a.descend(old)
 	if err := a.measure(&next); err != nil {
 		return err
 	}

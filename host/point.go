@@ -53,7 +53,10 @@ type point struct {
 
 	Generation int             `json:"generation"`
 	Parent     snapshot.Digest `json:"parent,omitzero"` // the memory of the point that it is a diff to
-	At         time.Time       `json:"at"`
+	// Above are the memories that it descends from and that were still there, nearest
+	// first: the parent of a point may be gone as soon as there is the next one.
+	Above []snapshot.Digest `json:"above,omitempty"`
+	At    time.Time         `json:"at"`
 
 	// Bytes that this point added to the store, and allocated bytes of all that it
 	// consists of.
@@ -63,6 +66,31 @@ type point struct {
 
 	Labels map[string]string `json:"labels,omitempty"` // of a snapshot
 	Warm   bool              `json:"warm,omitempty"`   // before anybody had it
+}
+
+// maxAbove bounds how far back a point knows what it descends from.
+const maxAbove = 64
+
+// descend is what is above a point that comes after this one.
+func (a *Agent) descend(p *point) []snapshot.Digest {
+	if p == nil {
+		return nil
+	}
+	above := []snapshot.Digest{p.Memory}
+	for _, d := range p.above() {
+		if len(above) < maxAbove && d != p.Memory && a.cfg.Snapshots.Has(d) {
+			above = append(above, d)
+		}
+	}
+	return above
+}
+
+// above is what it descends from, nearest first.
+func (p *point) above() []snapshot.Digest {
+	if len(p.Above) == 0 && !p.Parent.IsZero() { // older than this list
+		return []snapshot.Digest{p.Parent}
+	}
+	return p.Above
 }
 
 // measure finds out what a point takes.

@@ -90,7 +90,11 @@ func (a *Agent) Snapshot(ctx context.Context, id, name string, labels map[string
 	}
 	watch.phase(sandbox.PhasePublish)
 	a.log.Info("snapshot made", "sandbox", b.id, "snapshot", name, "generation", p.Generation, "written", p.Written, "took", total(watch.phases))
-	info, err := a.describe(ref)
+	names, err := a.namesOfPoints()
+	if err != nil {
+		a.log.Error("snapshots not all read", "err", err)
+	}
+	info, err := describe(ref, names)
 	return info, watch.saved(b, p), err
 }
 
@@ -263,12 +267,13 @@ func (a *Agent) Snapshots() ([]SnapshotInfo, error) {
 	if err != nil {
 		a.log.Error("snapshots not all read", "err", err)
 	}
+	names := namesOf(refs)
 	var out []SnapshotInfo
 	for _, r := range refs {
 		if strings.HasPrefix(r.Name, ownPrefix) {
 			continue
 		}
-		info, err := a.describe(r)
+		info, err := describe(r, names)
 		if err != nil {
 			a.log.Error("snapshot not read", "snapshot", r.Name, "err", err)
 			continue
@@ -278,14 +283,38 @@ func (a *Agent) Snapshots() ([]SnapshotInfo, error) {
 	return out, nil
 }
 
-func (a *Agent) describe(r snapshot.Ref) (SnapshotInfo, error) {
+// namesOf are the snapshots' names, by their memories. Of two names of one moment it
+// is the first.
+func namesOf(refs []snapshot.Ref) map[snapshot.Digest]string {
+	names := map[snapshot.Digest]string{}
+	for _, r := range refs {
+		memory := r.Manifests["memory"]
+		if had, ok := names[memory]; !memory.IsZero() && !strings.HasPrefix(r.Name, ownPrefix) && (!ok || r.Name < had) {
+			names[memory] = r.Name
+		}
+	}
+	return names
+}
+
+func (a *Agent) namesOfPoints() (map[snapshot.Digest]string, error) {
+	refs, err := a.cfg.Snapshots.Refs()
+	return namesOf(refs), err
+}
+
+func describe(r snapshot.Ref, names map[snapshot.Digest]string) (SnapshotInfo, error) {
 	p, err := pointOf(r)
 	if err != nil {
 		return SnapshotInfo{}, err
 	}
-	return SnapshotInfo{
+	info := SnapshotInfo{
 		Name: r.Name, Point: *p.info(), Sandbox: p.Guest, Template: p.Template, Labels: p.Labels, CreatedAt: r.CreatedAt,
-	}, nil
+	}
+	for _, d := range p.above() {
+		if info.Parent = names[d]; info.Parent != "" {
+			break
+		}
+	}
+	return info, nil
 }
 
 // DeleteSnapshot takes a name away; what only that has kept goes with it. It is

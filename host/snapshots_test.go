@@ -17,6 +17,7 @@ import (
 	"github.com/dormouse-sandbox/dormouse/internal/fault"
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
+	"github.com/dormouse-sandbox/dormouse/snapshot"
 )
 
 func snapshotPoints(t *testing.T) []string {
@@ -408,6 +409,61 @@ func TestTheLastPointOutlivesItsVM(t *testing.T) {
 			}
 			r.holds(req.ID, then)
 		})
+	}
+}
+
+// TestSnapshotsKnowWhatTheyDescendFrom: the pauses between two snapshots are gone,
+// and the second still says which the first was, and so does the tree.
+func TestSnapshotsKnowWhatTheyDescendFrom(t *testing.T) {
+	r := newSnapshotRig(t)
+	r.open()
+	id, model := r.mustCreate(), newTruth()
+	take := func(name string) host.SnapshotInfo {
+		t.Helper()
+		r.fill(id, 2, name[0], model)
+		info, _, err := r.agent.Snapshot(t.Context(), string(id), name, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info
+	}
+	pauses := func(n int) {
+		for i := range n {
+			r.fill(id, 2, byte('0'+i), model)
+			r.mustPause(id)
+			r.mustResume(id)
+		}
+		r.agent.Collect()
+	}
+	if first := take("first"); first.Parent != "" {
+		t.Errorf("the first one descends from %q", first.Parent)
+	}
+	pauses(3)
+	second := take("second")
+	if second.Parent != "first" {
+		t.Errorf("the second one descends from %q", second.Parent)
+	}
+	pauses(2)
+	tree, err := r.agent.SnapshotTree("second")
+	if err != nil {
+		t.Fatal(err)
+	}
+	parents, names := map[snapshot.Digest]snapshot.Digest{}, map[string]snapshot.Digest{}
+	for _, n := range tree {
+		if _, known := parents[n.Parent]; !n.Parent.IsZero() && !known {
+			t.Errorf("%s %s comes before its parent", n.Kind, n.Name)
+		}
+		parents[n.Digest], names[n.Name] = n.Parent, n.Digest
+	}
+	if len(names) < 2 || parents[names["second"]] != names["first"] {
+		t.Errorf("the tree is %+v", tree)
+	}
+	if err := r.agent.DeleteSnapshot(t.Context(), "first"); err != nil {
+		t.Fatal(err)
+	}
+	list, err := r.agent.Snapshots()
+	if err != nil || len(list) != 1 || list[0].Parent != "" {
+		t.Errorf("%+v, %v", list, err)
 	}
 }
 

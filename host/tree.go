@@ -11,7 +11,7 @@ import (
 
 // Node is one point of the tree that snapshots form.
 type Node struct {
-	Digest, Parent snapshot.Digest // of memories
+	Digest, Parent snapshot.Digest // of memories; the parent is the nearest that there still is
 	Kind           string          // "snapshot", "pause" or "point"
 	Name           string          // of a snapshot
 	Sandbox        sandbox.ID      // which it was taken of
@@ -19,6 +19,8 @@ type Node struct {
 	OwnBytes       int64
 	At             time.Time
 	Running        []string // sandboxes that went on from here and run
+
+	above []snapshot.Digest
 }
 
 // points are all that this host knows of: named, of sandboxes, and warm ones.
@@ -55,7 +57,7 @@ func addNode(nodes map[snapshot.Digest]*Node, p *point, kind string) *Node {
 		return n
 	}
 	n := &Node{
-		Digest: p.Memory, Parent: p.Parent, Kind: kind, Sandbox: p.Guest, Generation: p.Generation, OwnBytes: p.Written, At: p.At,
+		Digest: p.Memory, Kind: kind, Sandbox: p.Guest, Generation: p.Generation, OwnBytes: p.Written, At: p.At, above: p.above(),
 	}
 	nodes[p.Memory] = n
 	return n
@@ -76,8 +78,8 @@ func (a *Agent) SnapshotTree(name string) ([]Node, error) {
 	}
 	var out []Node
 	for _, n := range nodes {
-		if nodes[n.Parent] == nil {
-			n.Parent = snapshot.Digest{}
+		if i := slices.IndexFunc(n.above, func(d snapshot.Digest) bool { return nodes[d] != nil && nodes[d] != n }); i >= 0 {
+			n.Parent = n.above[i]
 		}
 	}
 	for d, n := range nodes {
@@ -86,8 +88,13 @@ func (a *Agent) SnapshotTree(name string) ([]Node, error) {
 		}
 	}
 	slices.SortFunc(out, func(x, y Node) int {
-		if x.Generation != y.Generation {
+		switch { // one that was flattened has the generation and the time of what it was
+		case x.Generation != y.Generation:
 			return x.Generation - y.Generation
+		case x.Digest == y.Parent:
+			return -1
+		case y.Digest == x.Parent:
+			return 1
 		}
 		return x.At.Compare(y.At)
 	})

@@ -143,6 +143,12 @@ func (s *Store) Pin(d Digest) (*Pin, error) {
 	return s.pin(d), nil
 }
 
+// Has says whether there is a manifest.
+func (s *Store) Has(d Digest) bool {
+	_, err := os.Lstat(s.ManifestPath(d))
+	return err == nil
+}
+
 // publishLayer publishes a layer, in place of what may be there: that may be
 // damaged, and open.
 func (s *Store) publishLayer(w *layerWriter) (LayerRef, error) {
