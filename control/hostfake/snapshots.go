@@ -113,11 +113,6 @@ func (h *Host) DeleteSnapshot(ctx context.Context, req *connect.Request[hostv1.D
 			users = append(users, id)
 		}
 	}
-	for other, snap := range h.snapshots {
-		if snap.message.GetParent() == name {
-			users = append(users, other)
-		}
-	}
 	if len(users) > 0 {
 		slices.Sort(users)
 		return nil, hostapi.ToConnect(sandbox.Errorf(sandbox.KindConflict, "snapshot %s is needed by %s", name, strings.Join(users, ", ")))

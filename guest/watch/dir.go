@@ -155,7 +155,7 @@ func (t *tree) readDir(path string, n *news) (found map[string]*find, subdirs []
 				subdirs = append(subdirs, e.Name())
 			}
 			if n != nil {
-				found[e.Name()] = &find{content: hasContent(e, n.since)}
+				found[e.Name()] = findOf(e, n.since)
 			}
 		}
 	}
@@ -166,13 +166,16 @@ func (t *tree) readDir(path string, n *news) (found map[string]*find, subdirs []
 	return found, subdirs, nil
 }
 
-// hasContent reports whether something was written to a file since then.
-func hasContent(e fs.DirEntry, since time.Time) bool {
+// findOf finds out whether something was written to a file since then.
+func findOf(e fs.DirEntry, since time.Time) *find {
 	if !e.Type().IsRegular() {
-		return false
+		return &find{}
 	}
 	info, err := e.Info()
-	return err == nil && info.Size() > 0 && !info.ModTime().Before(since)
+	if err != nil || info.Size() == 0 || info.ModTime().Before(since) {
+		return &find{}
+	}
+	return &find{content: true, was: versionOf(info)}
 }
 
 // changeTime is when a directory got its name, if nothing else has changed it since.

@@ -1,6 +1,9 @@
 package watch
 
 import (
+	"io/fs"
+	"os"
+	"path/filepath"
 	"slices"
 	"time"
 )
@@ -8,8 +11,8 @@ import (
 const (
 	// The kernel shows a file, and what is written to it, a moment before it queues
 	// the event of that. So what reading a directory finds is told lateWait later,
-	// unless its event comes, and an event of its making that comes even later, up
-	// to lateMost, is not told again.
+	// unless its event comes, and an event of its making or writing that comes even
+	// later, up to lateMost, is not told again.
 	lateWait = 50 * time.Millisecond
 	lateMost = 5 * time.Second
 )
@@ -29,9 +32,19 @@ type news struct {
 
 type find struct {
 	content bool // a file with something in it that was written here
+	was     version
 	told    bool
 	written bool // a writing was in the queue
+	guessed bool // a writing was told that was not in the queue
 }
+
+// version tells what a file holds from what it holds after it was written to.
+type version struct {
+	size     int64
+	modified time.Time
+}
+
+func versionOf(info fs.FileInfo) version { return version{info.Size(), info.ModTime()} }
 
 // story is what an event says about its name: that it was there before or not,
 // that something was written, that it is not there after.
@@ -50,6 +63,9 @@ func (t *tree) before(d *dir, name string, s story) (known bool, err error) {
 		n.known[name] = true
 		return s.made && f != nil && f.told, nil // nothing can be made where something is
 	}
+	if s.wrote && f != nil && f.guessed && t.isStill(d, name, f.was) {
+		return true, nil // it comes late, and is told
+	}
 	introduced := n.over || n.known[name] || f != nil && f.told
 	if f != nil {
 		f.told = true
@@ -65,6 +81,11 @@ func (t *tree) before(d *dir, name string, s story) (known bool, err error) {
 		return false, nil
 	}
 	return false, t.emit(d, created, name)
+}
+
+func (t *tree) isStill(d *dir, name string, was version) bool {
+	info, err := os.Lstat(filepath.Join(t.cfg.Dir, d.path(), name))
+	return err == nil && versionOf(info) == was
 }
 
 // settle tells the rest of what new directories held, and says when to look again.
@@ -114,7 +135,7 @@ func (t *tree) tellRest(d *dir) error {
 				return err
 			}
 		}
-		if f.content && !f.written {
+		if f.guessed = f.content && !f.written; f.guessed {
 			if err := t.emit(d, written, name); err != nil {
 				return err
 			}
