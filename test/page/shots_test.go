@@ -21,7 +21,7 @@ type look struct {
 	dark          bool
 }
 
-var looks = []look{{"light", 1440, 900, false}, {"dark", 1440, 900, true}, {"phone", 390, 844, true}}
+var looks = []look{{"light", 1440, 900, false}, {"dark", 1440, 900, true}, {"phone", 390, 844, true}, {"phone-light", 390, 844, false}}
 
 // as makes the browser show the page so.
 func (w *window) as(l look) {

@@ -110,7 +110,7 @@ func TestEverythingWithAVM(t *testing.T) {
 	for _, l := range looks {
 		w.as(l)
 		w.do(`document.querySelector(".log").scrollTop = 0; scrollTo(0, 0)`)
-		w.shoot(l.name, l.name == "phone")
+		w.shoot(l.name, l.width < 500)
 	}
 	w.as(looks[0])
 

@@ -53,6 +53,7 @@ func TestConformance(t *testing.T) {
 			ConsoleKeep: int(consoleKeep),
 			ConsoleDisk: func(t *testing.T, r vmm.Record) int64 { return blocks(t, filepath.Join(r.Dir, "console.log")) },
 			Boots:       boots,
+			MayHang:     probed(t).Accelerator == qemu.KVM,
 			Generations: lives,
 			KillOutside: func(t *testing.T, m vmm.Machine) {
 				if err := syscall.Kill(m.Record().PID, syscall.SIGKILL); err != nil {

@@ -64,6 +64,9 @@ type Harness struct {
 	// and the runs of it differ from what the guest was started with: what the last
 	// call was about, or zeros. Nil gives the flat file.
 	Memory func(t *testing.T, flat string, runs []vmm.PageRun) *os.File
+	// MayHang says that a guest which wants a page that cannot be read may stand
+	// still for ever instead of ending: KVM drops the error (docs/decisions.md).
+	MayHang bool
 }
 
 // noticed is how soon the end of a process must be known.
