@@ -146,8 +146,8 @@ lab-house lab-vms: lab-%:
 
 # Twenty sandboxes at once need more memory than most labs.
 check-lab-all:
-	@REQUIRE=$(REQUIRE_TOOLS) $(STAGE) --show "in the lab: every test of the packages" -- \
-	  $(MAKE) lab LABFLAGS="-timeout 60m $(LABFLAGS)"
+	@DORMOUSE_LONG=1 REQUIRE=$(REQUIRE_TOOLS) $(STAGE) --show "in the lab: every test of the packages" -- \
+	  $(MAKE) lab LABFLAGS="-mem 10240 -timeout 60m $(LABFLAGS)"
 	@REQUIRE=$(REQUIRE_TOOLS) $(STAGE) --show "in the lab: the whole system on KVM" -- \
 	  $(MAKE) lab PKG="./test/e2e ./test/chaos" LABFLAGS="-mem 10240 -timeout 90m $(LABFLAGS)"
 
