@@ -223,6 +223,11 @@ func remembers(t *testing.T, h Harness, vm vmm.Machine, times int) {
 	t.Helper()
 	want := strings.Count(console(t, vm), Remembers) + times
 	testkit.Eventually(t, h.BootLimit, fmt.Sprintf("having looked at its memory %d times", want), func() bool {
+		select {
+		case <-vm.Done():
+			t.Fatalf("it has ended: %+v; the end of its console:\n%s", vm.Exit(), consoleEnd(t, vm))
+		default:
+		}
 		said := console(t, vm)
 		if i := strings.Index(said, Forgot); i >= 0 {
 			t.Fatalf("the guest says: %.200s", said[i:])
