@@ -20,8 +20,9 @@ type report struct {
 	mu      sync.Mutex   // stdout and stderr come from one goroutine, the progress line from another
 	passed  int
 	failed  []string
-	skips   int    // subtests, too
-	needs   []need // why
+	parts   map[string][]string // of those, the subtests that failed
+	skips   int                 // subtests, too
+	needs   []need              // why
 	partial []byte
 	current string          // whose output comes
 	resets  map[string]bool // tests that told of a guest that was reset without a word
@@ -80,8 +81,13 @@ func (r *report) line(line string) {
 			r.passed++
 		}
 	case "FAIL":
-		if whole {
+		if top, part, isPart := strings.Cut(m[3], "/"); whole {
 			r.failed = append(r.failed, m[3])
+		} else if isPart && !strings.Contains(part, "/") {
+			if r.parts == nil {
+				r.parts = map[string][]string{}
+			}
+			r.parts[top] = append(r.parts[top], regexp.QuoteMeta(part))
 		}
 	case "SKIP":
 		r.skips++
@@ -93,6 +99,19 @@ func (r *report) line(line string) {
 func (r *report) onlyResets() bool {
 	other := func(test string) bool { return !r.resets[test] }
 	return len(r.failed) > 0 && !slices.ContainsFunc(r.failed, other)
+}
+
+// again is what -test.run needs to run no more than what failed, a test at a time.
+func (r *report) again() []string {
+	var patterns []string
+	for _, test := range r.failed {
+		pattern := "^" + test + "$"
+		if parts := r.parts[test]; len(parts) > 0 {
+			pattern += "/^(" + strings.Join(parts, "|") + ")$"
+		}
+		patterns = append(patterns, pattern)
+	}
+	return patterns
 }
 
 // counts is the closing line's middle.

@@ -43,24 +43,27 @@ func TestSkipsAreAccountedFor(t *testing.T) {
 func TestOnlyWhatTheEmulatorBrokeRunsAgain(t *testing.T) {
 	const said = "    a_test.go:9: exec: guest_exit: the guest rebooted, which ends it\n"
 	for _, tt := range []struct {
-		name, output string
-		want         bool
+		name, output, again string
 	}{
-		{"passed", "=== RUN   TestA\n--- PASS: TestA (0.00s)\n", false},
-		{"reset, and passed", "=== RUN   TestA\n" + said + "--- PASS: TestA (0.00s)\n", false},
-		{"reset", "=== RUN   TestA\n" + said + "--- FAIL: TestA (0.00s)\n", true},
-		{"reset in a subtest", "=== RUN   TestA\n=== RUN   TestA/b\n" + said + "--- FAIL: TestA (0.00s)\n    --- FAIL: TestA/b (0.00s)\n", true},
-		{"another's reset", "=== RUN   TestA\n" + said + "--- PASS: TestA (0.00s)\n=== RUN   TestB\n--- FAIL: TestB (0.00s)\n", false},
-		{"one of two", "=== RUN   TestA\n" + said + "--- FAIL: TestA (0.00s)\n=== RUN   TestB\n--- FAIL: TestB (0.00s)\n", false},
-		{"in parallel", "=== RUN   TestA\n=== RUN   TestB\n=== NAME  TestA\n" + said + "=== NAME  TestB\n--- FAIL: TestB (0.00s)\n--- PASS: TestA (0.00s)\n", false},
+		{"passed", "=== RUN   TestA\n--- PASS: TestA (0.00s)\n", ""},
+		{"reset, and passed", "=== RUN   TestA\n" + said + "--- PASS: TestA (0.00s)\n", ""},
+		{"reset", "=== RUN   TestA\n" + said + "--- FAIL: TestA (0.00s)\n", "^TestA$"},
+		{"reset in a subtest", "=== RUN   TestA\n=== RUN   TestA/b\n" + said + "--- FAIL: TestA (0.00s)\n    --- PASS: TestA/a (0.00s)\n    --- FAIL: TestA/b,_(c) (0.00s)\n        --- FAIL: TestA/b,_(c)/d (0.00s)\n", `^TestA$/^(b,_\(c\))$`},
+		{"another's reset", "=== RUN   TestA\n" + said + "--- PASS: TestA (0.00s)\n=== RUN   TestB\n--- FAIL: TestB (0.00s)\n", ""},
+		{"one of two", "=== RUN   TestA\n" + said + "--- FAIL: TestA (0.00s)\n=== RUN   TestB\n--- FAIL: TestB (0.00s)\n", ""},
+		{"in parallel", "=== RUN   TestA\n=== RUN   TestB\n=== NAME  TestA\n" + said + "=== NAME  TestB\n--- FAIL: TestB (0.00s)\n--- PASS: TestA (0.00s)\n", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := &report{}
 			if _, err := io.WriteString(r, tt.output); err != nil {
 				t.Fatal(err)
 			}
-			if got := r.onlyResets(); got != tt.want {
-				t.Errorf("it is %v, want %v", got, tt.want)
+			got := ""
+			if r.onlyResets() {
+				got = strings.Join(r.again(), " ")
+			}
+			if got != tt.again {
+				t.Errorf("what runs again is %q, want %q", got, tt.again)
 			}
 		})
 	}
