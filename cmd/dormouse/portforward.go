@@ -196,11 +196,7 @@ func (f *forwarder) accept(ctx context.Context, wg *sync.WaitGroup, l forwarded)
 			}
 			continue
 		}
-		wg.Go(func() {
-			if err := f.carry(ctx, conn, l.remote); err != nil && ctx.Err() == nil {
-				f.complain("a connection to port %d: %v", l.remote, err)
-			}
-		})
+		wg.Go(func() { f.serve(ctx, conn, l.remote) })
 	}
 }
 
@@ -228,19 +224,26 @@ func (h hereConn) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// carry joins one connection here with one there. What fails there is a reset
-// here, not an end like any other.
-func (f *forwarder) carry(ctx context.Context, accepted net.Conn, port int) (err error) {
+// serve carries one connection, and says why it broke before whoever made it sees
+// that it did.
+func (f *forwarder) serve(ctx context.Context, accepted net.Conn, port int) {
+	defer func() { _ = accepted.Close() }() // nobody is left to be told
 	tcp, ok := accepted.(*net.TCPConn)
 	if !ok {
-		return fmt.Errorf("a %T has no halves", accepted)
+		f.complain("a %T has no halves", accepted)
+		return
 	}
-	defer func() {
-		if err != nil {
-			_ = tcp.SetLinger(0) // it is closed next
+	if err := f.carry(ctx, tcp, port); err != nil {
+		if ctx.Err() == nil {
+			f.complain("a connection to port %d: %v", port, err)
 		}
-		_ = tcp.Close() // nobody is left to be told
-	}()
+		_ = tcp.SetLinger(0) // it is closed next
+	}
+}
+
+// carry joins one connection here with one there. What fails there is a reset
+// here, not an end like any other.
+func (f *forwarder) carry(ctx context.Context, tcp *net.TCPConn, port int) error {
 	there, err := f.c.DialPort(ctx, f.id, port)
 	if err != nil {
 		return err
