@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/dormouse-sandbox/dormouse/internal/osfs"
 	"github.com/dormouse-sandbox/dormouse/lab"
 )
 
@@ -23,7 +22,7 @@ var assetNames = []string{"vmlinuz", "vmlinux", "modules", "initrd", "base.ext4"
 // the same content: the assets that test VMs boot, and the builds from which a
 // server makes its default template without a network. Without assets it returns
 // an empty name.
-func cacheDisk(ctx context.Context, cache string) (_ string, err error) {
+func cacheDisk(ctx context.Context, cache string) (string, error) {
 	parts, err := cacheParts(cache)
 	if errors.Is(err, fs.ErrNotExist) {
 		say("lab: no assets for test VMs: %v", err)
@@ -41,22 +40,15 @@ func cacheDisk(ctx context.Context, cache string) (_ string, err error) {
 		return disk, nil
 	}
 	say("lab: make the disk with what sandboxes are made from")
-	temp, err := os.MkdirTemp(filepath.Dir(disk), ".tmp-")
-	if err != nil {
-		return "", err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(temp)) }()
-	stage := filepath.Join(temp, "stage")
-	for to, from := range parts {
-		if err := linkTree(from, filepath.Join(stage, to)); err != nil {
-			return "", err
+	return disk, publish("lab-cache", disk, func(whole string) error {
+		stage := filepath.Join(filepath.Dir(whole), "stage")
+		for to, from := range parts {
+			if err := linkTree(from, filepath.Join(stage, to)); err != nil {
+				return err
+			}
 		}
-	}
-	whole := filepath.Join(temp, "cache.img")
-	if err := lab.MakeDisk(ctx, whole, stage, 0); err != nil {
-		return "", err
-	}
-	return disk, osfs.Rename("lab-cache", whole, disk)
+		return lab.MakeDisk(ctx, whole, stage, 0)
+	})
 }
 
 // cacheParts are the folders and files of the disk, by their path on it.

@@ -7,8 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-
-	"github.com/dormouse-sandbox/dormouse/internal/osfs"
 )
 
 // The emulator comes from a newer Debian than most machines are: under QEMU 7.2
@@ -54,26 +52,19 @@ func emulatorIn(ctx context.Context, dir string) ([]string, error) {
 	return argv, nil
 }
 
-func unpackEmulator(ctx context.Context, dir string) (err error) {
-	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
-		return err
-	}
-	temp, err := os.MkdirTemp(filepath.Dir(dir), ".tmp-")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(temp)) }()
-	root := filepath.Join(temp, "root")
-	said, err := exec.CommandContext(ctx, "mmdebstrap", "--mode=root", "--format=directory", "--variant=extract",
-		"--architectures=amd64", "--keyring=/usr/share/keyrings", `--aptopt=Apt::Install-Recommends "false"`,
-		"--include="+emulatorPackage, emulatorSuite, root).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("mmdebstrap: %w\n%s", err, lastLines(string(said), 20))
-	}
-	for _, unused := range []string{"usr/share/doc", "usr/share/locale", "usr/share/man", "var"} {
-		if err := os.RemoveAll(filepath.Join(root, unused)); err != nil {
-			return err
+func unpackEmulator(ctx context.Context, dir string) error {
+	return publish("lab-emulator", dir, func(whole string) error {
+		said, err := exec.CommandContext(ctx, "mmdebstrap", "--mode=root", "--format=directory", "--variant=extract",
+			"--architectures=amd64", "--keyring=/usr/share/keyrings", `--aptopt=Apt::Install-Recommends "false"`,
+			"--include="+emulatorPackage, emulatorSuite, whole).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("mmdebstrap: %w\n%s", err, lastLines(string(said), 20))
 		}
-	}
-	return osfs.Rename("lab-emulator", root, dir)
+		for _, unused := range []string{"usr/share/doc", "usr/share/locale", "usr/share/man", "var"} {
+			if err := os.RemoveAll(filepath.Join(whole, unused)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }

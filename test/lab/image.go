@@ -3,9 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -115,35 +113,26 @@ func (o options) build(ctx context.Context) (machine, error) {
 }
 
 // kernelOf copies kernel and modules out of an image, once per image.
-func kernelOf(ctx context.Context, image template.Template, dir string) (_ template.KernelConfig, err error) {
-	name := strings.TrimPrefix(image.Digest, "sha256:")
-	out := filepath.Join(dir, name)
+func kernelOf(ctx context.Context, image template.Template, dir string) (template.KernelConfig, error) {
+	out := filepath.Join(dir, strings.TrimPrefix(image.Digest, "sha256:"))
 	if config, err := findKernel(out); err == nil {
 		return config, nil
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return template.KernelConfig{}, err
-	}
-	temp, err := os.MkdirTemp(dir, ".tmp-")
-	if err != nil {
-		return template.KernelConfig{}, err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(temp)) }()
-	whole := filepath.Join(temp, "k")
-	if err := os.Mkdir(whole, 0o755); err != nil {
-		return template.KernelConfig{}, err
-	}
-	for _, from := range []string{"/boot", "/usr/lib/modules"} {
-		// debugfs reads the file system without mounting it, and exits with 0 always.
-		said, err := exec.CommandContext(ctx, "debugfs", "-R", "rdump "+from+" "+whole, image.Image).CombinedOutput()
-		if err != nil {
-			return template.KernelConfig{}, fmt.Errorf("debugfs: %w\n%s", err, said)
+	err := publish("lab-kernel", out, func(whole string) error {
+		if err := os.Mkdir(whole, 0o755); err != nil {
+			return err
 		}
-	}
-	if _, err := findKernel(whole); err != nil {
-		return template.KernelConfig{}, err
-	}
-	if err := osfs.Rename("lab-kernel", whole, out); err != nil && !errors.Is(err, fs.ErrExist) {
+		for _, from := range []string{"/boot", "/usr/lib/modules"} {
+			// debugfs reads the file system without mounting it, and exits with 0 always.
+			said, err := exec.CommandContext(ctx, "debugfs", "-R", "rdump "+from+" "+whole, image.Image).CombinedOutput()
+			if err != nil {
+				return fmt.Errorf("debugfs: %w\n%s", err, said)
+			}
+		}
+		_, err := findKernel(whole)
+		return err
+	})
+	if err != nil {
 		return template.KernelConfig{}, err
 	}
 	return findKernel(out)
