@@ -122,10 +122,17 @@ func (a *Agent) reach(ctx context.Context, b *box) (*guest, context.Context, con
 	if g == nil {
 		return nil, nil, nil, sandbox.Errorf(sandbox.KindTransient, "sandbox %s is being taken over after a restart; try again", b.id)
 	}
+	joined, cancel := a.while(ctx, awake)
+	return g, joined, cancel, nil
+}
+
+// while is a context that ends with another one, with a sandbox's life or with this
+// agent, whichever is first.
+func (a *Agent) while(ctx, life context.Context) (context.Context, context.CancelFunc) {
 	joined, cancel := context.WithCancelCause(ctx)
-	stopBox := context.AfterFunc(awake, func() { cancel(context.Cause(awake)) })
+	stopBox := context.AfterFunc(life, func() { cancel(context.Cause(life)) })
 	stopAgent := context.AfterFunc(a.ctx, func() { cancel(errClosing) })
-	return g, joined, func() { stopBox(); stopAgent(); cancel(nil) }, nil
+	return joined, func() { stopBox(); stopAgent(); cancel(nil) }
 }
 
 // errNotRunning says why a sandbox cannot do what was asked.

@@ -50,12 +50,8 @@ func (a *Agent) createPlanned(ctx context.Context, p plan) (Status, error) {
 
 // createReserved takes a sandbox that reserve has made to running, or to its end.
 func (a *Agent) createReserved(ctx context.Context, b *box, p plan) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	stop := context.AfterFunc(b.alive, func() { cancel(context.Cause(b.alive)) })
-	defer stop()
-	defer context.AfterFunc(a.ctx, func() { cancel(errClosing) })()
-
+	ctx, cancel := a.while(ctx, b.alive)
+	defer cancel()
 	defer b.op.Unlock() // reserve locked it
 	err := a.create(ctx, b, p)
 	if err != nil {

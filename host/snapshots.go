@@ -90,11 +90,11 @@ func (a *Agent) Snapshot(ctx context.Context, id, name string, labels map[string
 	}
 	watch.phase(sandbox.PhasePublish)
 	a.log.Info("snapshot made", "sandbox", b.id, "snapshot", name, "generation", p.Generation, "written", p.Written, "took", total(watch.phases))
-	names, err := a.namesOfPoints()
+	refs, err := a.cfg.Snapshots.Refs()
 	if err != nil {
 		a.log.Error("snapshots not all read", "err", err)
 	}
-	info, err := describe(ref, names)
+	info, err := describe(ref, namesOf(refs))
 	return info, watch.saved(b, p), err
 }
 
@@ -294,11 +294,6 @@ func namesOf(refs []snapshot.Ref) map[snapshot.Digest]string {
 		}
 	}
 	return names
-}
-
-func (a *Agent) namesOfPoints() (map[snapshot.Digest]string, error) {
-	refs, err := a.cfg.Snapshots.Refs()
-	return namesOf(refs), err
 }
 
 func describe(r snapshot.Ref, names map[snapshot.Digest]string) (SnapshotInfo, error) {
