@@ -49,11 +49,13 @@ type box struct {
 	frozen  sandbox.Freeze // why it stands still
 	overlay int64          // bytes of its disk when free space was little last
 	again   time.Time      // when a VM that did not freeze or thaw is asked again
-	mute    int            // how often in a row a guest with a damaged memory has not answered
+	// endWaking ends what lets an adopted guest's processes run, and waits for that.
+	endWaking func()
+	mute      int // how often in a row a guest with a damaged memory has not answered
 }
 
 func newBox(e entry) *box {
-	b := &box{id: e.ID, entry: e}
+	b := &box{id: e.ID, entry: e, endWaking: func() {}}
 	b.alive, b.die = context.WithCancelCause(context.Background())
 	b.awake, b.rest = context.WithCancelCause(b.alive)
 	return b

@@ -73,7 +73,7 @@ func (a *Agent) pause(ctx context.Context, b *box, why sandbox.PauseReason) (Sav
 
 // pausable says whether a sandbox can be saved; the caller holds op.
 func (a *Agent) pausable(b *box) error {
-	e := b.now()
+	e, frozen := b.now(), b.standsStill()
 	switch {
 	case a.isClosed():
 		return errClosing
@@ -89,8 +89,8 @@ func (a *Agent) pausable(b *box) error {
 		return sandbox.Errorf(sandbox.KindTransient, "sandbox %s is being taken over after a restart; try again", b.id)
 	case b.machine.base.IsZero():
 		return sandbox.Errorf(sandbox.KindUnsupported, "sandbox %s was made before this host kept snapshots", b.id)
-	case b.standsStill() != "":
-		return a.errFrozen(b.id, b.standsStill())
+	case frozen != "":
+		return a.errFrozen(b.id, frozen)
 	}
 	return nil
 }
@@ -142,8 +142,9 @@ func (a *Agent) still(ctx context.Context, b *box, u *undo.Stack, watch *stopwat
 		return moment{}, err
 	}
 	b.mu.Lock()
-	g := b.guest
+	g, endWaking := b.guest, b.endWaking
 	b.mu.Unlock()
+	endWaking()
 	watch.stoodAt = a.cfg.Now()
 	u.Push("standstill", func(ctx context.Context) error { return a.goOn(ctx, b, m.vm, g) })
 	if err := g.freeze(ctx, a.key, b.id, a.cfg.Now(), guestapi.Freeze{}); err != nil {

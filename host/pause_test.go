@@ -230,6 +230,28 @@ func TestAnAdoptedGuestIsWoken(t *testing.T) {
 	}
 }
 
+// TestAnAdoptedGuestThatDoesNotAnswerHoldsUpNothing: its root may have ended the
+// agent in it. It is frozen when the disk is full, and goes on, all the same.
+func TestAnAdoptedGuestThatDoesNotAnswerHoldsUpNothing(t *testing.T) {
+	r := newSnapshotRig(t)
+	r.open()
+	id := r.mustCreate()
+	asked := make(chan struct{}, 100)
+	defer fault.Set("host/adopt/wake", func(ctx context.Context, _ string) error {
+		asked <- struct{}{}
+		<-ctx.Done()
+		return ctx.Err()
+	})()
+	r.restart()
+	<-asked
+	r.free.Store(0)
+	testkit.Eventually(t, 5*time.Second, "frozen", func() bool { return r.status(id).Frozen == sandbox.FreezeNoSpace })
+	r.free.Store(1 << 40)
+	testkit.Eventually(t, 5*time.Second, "going on", func() bool { return r.status(id).Frozen == "" })
+	r.mustPause(id)
+	r.mustResume(id)
+}
+
 // settles waits until a sandbox runs or is paused, with nothing left of it.
 func (r *snapshotRig) settles(id sandbox.ID, failed error) {
 	r.t.Helper()

@@ -118,8 +118,7 @@ func (a *Agent) takeOver(ctx context.Context, b *box) {
 		b.guest, b.vm, b.disk = g, m.vm, m.disk
 		b.mu.Unlock()
 		a.wake(ctx, b, m.vm)
-		awake := b.awakened()
-		a.wg.Go(func() { a.wakeGuest(b, g, awake) })
+		a.wakeGuest(b, g)
 		a.attend(b, m)
 		a.log.Info("sandbox adopted", "sandbox", b.id, "pid", e.VMM.PID)
 	}

@@ -156,29 +156,33 @@ func (a *Agent) attend(b *box, m *machine) {
 
 // wakeGuest lets the processes of an adopted guest run, in case that an earlier
 // agent died while it had them frozen. It tries until the guest answers: one whose
-// VM stands still for want of space does so when there is some.
-func (a *Agent) wakeGuest(b *box, g *guest, awake context.Context) {
-	awake, cancel := context.WithCancel(awake)
-	defer cancel()
-	defer context.AfterFunc(a.ctx, cancel)()
-	for wait := wakeAgain; ; wait = min(2*wait, wakeSeldom) {
-		err := a.wakeOnce(awake, b, g)
-		if err == nil || awake.Err() != nil {
-			return
+// VM stands still for want of space does so when there is some. A pause ends that
+// first (see still): it freezes them itself.
+func (a *Agent) wakeGuest(b *box, g *guest) {
+	ctx, cancel := a.while(context.Background(), b.awakened())
+	over := make(chan struct{})
+	b.mu.Lock()
+	b.endWaking = func() { cancel(); <-over }
+	b.mu.Unlock()
+	a.wg.Go(func() {
+		defer close(over)
+		defer cancel()
+		for wait := wakeAgain; ; wait = min(2*wait, wakeSeldom) {
+			err := a.wakeOnce(ctx, b, g)
+			if err == nil || ctx.Err() != nil {
+				return
+			}
+			a.log.Warn("adopted guest not woken, will try again", "sandbox", b.id, "err", err)
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(wait):
+			}
 		}
-		a.log.Warn("adopted guest not woken, will try again", "sandbox", b.id, "err", err)
-		select {
-		case <-awake.Done():
-			return
-		case <-time.After(wait):
-		}
-	}
+	})
 }
 
-// wakeOnce holds op: nothing wakes a guest that a pause has frozen meanwhile.
 func (a *Agent) wakeOnce(ctx context.Context, b *box, g *guest) error {
-	b.op.Lock()
-	defer b.op.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, dialLimit)
 	defer cancel()
 	return errors.Join(fault.Point(ctx, "host/adopt/wake"), g.thaw(ctx, a.key, b.id, a.cfg.Now()))
