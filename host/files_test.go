@@ -5,15 +5,20 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
 	"github.com/dormouse-sandbox/dormouse/guest/guesttest"
 	"github.com/dormouse-sandbox/dormouse/host"
 	"github.com/dormouse-sandbox/dormouse/host/hostapi"
 	hostv1 "github.com/dormouse-sandbox/dormouse/host/hostapi/gen/dormouse/host/v1"
+	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/internal/tree"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 )
@@ -37,8 +42,9 @@ func TestAgentThatAnswersBeforeTheUpload(t *testing.T) {
 		}
 		body := fmt.Sprintf(`{"code":507,"message":%q}`, full)
 		_, _ = fmt.Fprintf(conn, "HTTP/1.1 507 Insufficient Storage\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
-		_ = conn.(interface{ CloseRead() error }).CloseRead() // what was not read makes the kernel reset the connection
-		_ = conn.Close()                                      // the caller is to hear the answer all the same
+		arrived(t, conn.(*net.TCPConn))
+		_ = conn.(*net.TCPConn).CloseRead() // what was not read makes the kernel reset the connection
+		_ = conn.Close()                    // the caller is to hear the answer all the same
 	}
 	mux.HandleFunc("POST /files", full507)
 	mux.HandleFunc("POST /files/tree", full507)
@@ -58,6 +64,25 @@ func TestAgentThatAnswersBeforeTheUpload(t *testing.T) {
 				t.Fatalf("write of a tree of %d bytes: %v, want %s", size, err, full)
 			}
 		}
+	}
+}
+
+// arrived waits until the other kernel has what was written. Where the writer's
+// thread moves to another processor, loopback lets a reset overtake it.
+func arrived(t *testing.T, conn *net.TCPConn) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	var unacknowledged int
+	ask := func(fd uintptr) { unacknowledged, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) }
+	all := func() bool {
+		err = errors.Join(raw.Control(ask), err)
+		return err != nil || unacknowledged == 0
+	}
+	if !testkit.Poll(10*time.Second, all) || err != nil {
+		t.Errorf("%d bytes of the answer have not arrived: %v", unacknowledged, err)
 	}
 }
 
