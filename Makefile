@@ -35,7 +35,8 @@ AS_ROOT    = $(if $(SUDO)$(AS_USER),-exec "$(CURDIR)/scripts/as-root",)
 SYSTEM     = $(GO) test -count=1 -p 1 $(AS_ROOT) $(TESTFLAGS)
 
 # Packages whose tests need root, KVM or device-mapper run in the lab, a Linux host under QEMU's software emulation, too.
-# Two labs at once make the most of two processors: VMs inside one leave the other processor alone.
+# Two labs at once make the most of two processors: VMs inside one leave the other processor alone. Tests over fakes
+# run in them for make check-all only.
 LAB_HOUSE := ./cgroup ./disk/dm ./netns ./host/base ./test/up
 LAB_VMS   := ./vmm/qemu ./host
 LAB_PKGS  ?= $(LAB_HOUSE) $(LAB_VMS)
@@ -86,7 +87,9 @@ fmt: ## format all Go code
 
 check: check-deps ## everything CI runs
 	@start=$$SECONDS; \
-	for s in format vet lint build assets unit root e2e lab; do $(MAKE) check-$$s; done; \
+	for s in format vet lint build assets unit; do $(MAKE) check-$$s; done; \
+	$(MAKE) -j2 -Oline check-root check-e2e; \
+	$(MAKE) check-lab; \
 	printf 'make check: all passed in %dm%02ds\n' $$(( (SECONDS-start)/60 )) $$(( (SECONDS-start)%60 ))
 
 check-format:
@@ -121,6 +124,8 @@ check-all: check ## check, then what takes longer: the race detector, the whole 
 	@if command -v gcc >/dev/null; then \
 	  CGO_ENABLED=1 $(STAGE) --show "unit tests, race detector" -- $(GO) test -race -timeout 20m $(UNIT_PKGS); \
 	else echo "skip race detector: it needs gcc (apt-get install gcc libc6-dev)"; fi
+	@DORMOUSE_LONG=1 REQUIRE=root$(,)$(REQUIRE_TOOLS) $(STAGE) --show "tests as root, long" -- \
+	  $(GO) test -timeout 60m -p 2 $(AS_ROOT) $(TESTFLAGS) $(ROOT_PKGS)
 	@for d in e2e chaos api sdk page; do if ls test/$$d/*_test.go >/dev/null 2>&1; then \
 	  DORMOUSE_LONG=1 REQUIRE=root,$(REQUIRE_TOOLS) $(STAGE) --show "$$d" -- $(SYSTEM) -timeout 60m ./test/$$d/...; fi; done
 	@$(MAKE) check-lab-all

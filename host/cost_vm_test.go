@@ -172,7 +172,10 @@ func TestTheClockIsRightAfterADay(t *testing.T) {
 // copied do not draw the same ones.
 func TestForksDrawTheirOwn(t *testing.T) {
 	notInALab(t)
-	const copies = 10
+	copies := 4
+	if testkit.IsLong() {
+		copies = 10
+	}
 	r := realSandboxes{t, realHost(t, func(c *host.Config) { c.MaxMemMiB = 16 << 10 })} // they use little of it
 	id := r.create("base", 256)
 	r.run(id, `nohup python3 -c '

@@ -24,6 +24,7 @@ import (
 	"github.com/dormouse-sandbox/dormouse/host"
 	"github.com/dormouse-sandbox/dormouse/internal/fault"
 	"github.com/dormouse-sandbox/dormouse/internal/sparse"
+	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 	"github.com/dormouse-sandbox/dormouse/template"
 	"github.com/dormouse-sandbox/dormouse/vmm"
@@ -61,6 +62,9 @@ type rig struct {
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
+	if testkit.InLab() {
+		testkit.Long(t, "over fakes, which are the same on the machine itself")
+	}
 	r := &rig{
 		t: t, dir: t.TempDir(), bootID: "fake-boot",
 		insides: map[sandbox.ID]vmmfake.Inside{}, standing: map[sandbox.ID]bool{}, origins: map[sandbox.ID]string{},

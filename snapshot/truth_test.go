@@ -2,10 +2,10 @@ package snapshot_test
 
 import (
 	"fmt"
-	"os"
 	"strings"
 	"testing"
 
+	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 	"github.com/dormouse-sandbox/dormouse/snapshot"
 )
@@ -15,7 +15,7 @@ import (
 // compares every block of every generation with a flat model.
 func TestTruth(t *testing.T) {
 	seeds := uint64(6)
-	if os.Getenv("DORMOUSE_LONG") == "1" {
+	if testkit.IsLong() {
 		seeds = 60
 	}
 	for seed := range seeds {

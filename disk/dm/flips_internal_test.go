@@ -15,6 +15,7 @@ import (
 
 	"github.com/dormouse-sandbox/dormouse/disk"
 	"github.com/dormouse-sandbox/dormouse/internal/sparse"
+	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 )
 
 // TestFlippedBits flips one bit at each of 2,000 offsets of a layer and of its
@@ -185,7 +186,7 @@ func TestFlippedRecord(t *testing.T) {
 		}
 		refused := 0
 		step := 1
-		if inLab() {
+		if testkit.InLab() {
 			step = 11
 		}
 		flips := len(whole) * 8 / step

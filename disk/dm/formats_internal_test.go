@@ -233,7 +233,7 @@ func TestTreeIsWhatVeritysetupReads(t *testing.T) {
 		{129, "59518a121dca0c6f3f5d996e1c18f7d214645d6bceb002ef644a2d862cb715dd", "6d74a474596ac90a93692f4095bd3391518e4fb97ef5f255eb12042cb88763d8"},
 		{128*128 + 1, "464575435b4486db6c8d0460aea9ac0db1d2f9d976cf003bebb999ee693b90c3", "d3bc49460385f7932260a7054e849d6d0f90de5d85fb491e47d0ae3b10c7d4b6"}, // three levels
 	} {
-		if inLab() && tt.blocks > 1000 {
+		if testkit.InLab() && tt.blocks > 1000 {
 			continue // TestVeritysetupAgrees makes that one
 		}
 		layer, s := sealedLayer(t, tt.blocks)

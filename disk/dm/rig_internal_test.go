@@ -43,16 +43,11 @@ type rig struct {
 // device-mapper.
 func everywhere(t *testing.T, test func(t *testing.T, r *rig)) {
 	t.Helper()
-	if !inLab() { // there time is dear, and the fake was enough for everywhere else
+	if !testkit.InLab() { // there time is dear, and the fake was enough for everywhere else
 		t.Run("fake", func(t *testing.T) { test(t, fakeRig(t)) })
 	}
 	t.Run("kernel", func(t *testing.T) { test(t, kernelRig(t)) })
 }
-
-func inLab() bool { return os.Getenv("DORMOUSE_LAB") == "1" }
-
-// long says whether tests may take minutes.
-func long() bool { return os.Getenv("DORMOUSE_LONG") == "1" }
 
 // fresh is another instance on a kernel of the same sort.
 func (r *rig) fresh(t *testing.T) *rig {

@@ -325,7 +325,7 @@ func TestTwoHundredCycles(t *testing.T) {
 		kept := r.create(r.config("kept", base, 64))
 		r.cycle(base, 1)
 		half := 100
-		if r.fake == nil && !long() {
+		if r.fake == nil && !testkit.IsLong() {
 			half = 20 // those over the fake are all made
 		}
 		before, fds, mounts := strings.Join(r.remains(), "\n"), testkit.OpenFDs(t), mountsOf(t)
@@ -383,7 +383,7 @@ func TestAFullyWrittenDiskFits(t *testing.T) {
 	everywhere(t, func(t *testing.T, r *rig) {
 		base := r.file("base.img", pattern(1, 1))
 		sizes := []int{1, 2, 254, 255, 256, 257, 258, 511, 512, 513, 514, 767, 768, 769, 1023, 1024, 1025}
-		if r.fake == nil && !long() {
+		if r.fake == nil && !testkit.IsLong() {
 			sizes = []int{1, 255, 256, 257, 512, 513}
 		}
 		for _, blocks := range sizes {
@@ -531,7 +531,7 @@ func TestManyAtOnce(t *testing.T) {
 	everywhere(t, func(t *testing.T, r *rig) {
 		const workers = 8
 		rounds := 6
-		if inLab() && !long() {
+		if testkit.InLab() && !testkit.IsLong() {
 			rounds = 2
 		}
 		contents := [][]byte{pattern(64, 1), pattern(64, 2)}

@@ -14,6 +14,7 @@ import (
 	"github.com/dormouse-sandbox/dormouse/disk"
 	"github.com/dormouse-sandbox/dormouse/internal/fault"
 	"github.com/dormouse-sandbox/dormouse/internal/osfs"
+	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 )
 
 // stage is a rig on which one verb is about to run: a neighbour on the same
@@ -320,11 +321,11 @@ func (r *rig) points(name string, prepare func(*stage), do func(context.Context,
 // there is time. A call that fails before it is made leaves what the one before
 // it left.
 func (r *rig) quick(verb string, in ...string) bool {
-	return r.fake == nil && !long() && !slices.Contains(in, verb)
+	return r.fake == nil && !testkit.IsLong() && !slices.Contains(in, verb)
 }
 
 func (r *rig) some(points []string) []string {
-	if r.fake != nil || long() {
+	if r.fake != nil || testkit.IsLong() {
 		return points
 	}
 	return slices.DeleteFunc(points, func(p string) bool {

@@ -44,5 +44,11 @@ func UpFlags() []string { return strings.Fields(os.Getenv("DORMOUSE_UP")) }
 // Long skips a test that takes minutes, unless DORMOUSE_LONG=1 asks for it.
 func Long(t testing.TB, why string) {
 	t.Helper()
-	Require(t, "long", os.Getenv("DORMOUSE_LONG") == "1", "set DORMOUSE_LONG=1: "+why)
+	Require(t, "long", IsLong(), "set DORMOUSE_LONG=1: "+why)
 }
+
+// IsLong says that tests may take minutes: DORMOUSE_LONG=1 asks for it.
+func IsLong() bool { return os.Getenv("DORMOUSE_LONG") == "1" }
+
+// InLab says that the tests run in a lab, see test/lab.
+func InLab() bool { return os.Getenv("DORMOUSE_LAB") == "1" }

@@ -32,9 +32,6 @@ var (
 	settleLimit = testkit.Patience(time.Minute)
 )
 
-// long says that everything is to be run, not a choice of it.
-func long() bool { return os.Getenv("DORMOUSE_LONG") == "1" }
-
 // small is the cheapest sandbox.
 func small(timeout time.Duration) api.CreateSandbox {
 	seconds := timeout.Seconds()

@@ -186,7 +186,7 @@ func TestAWarmSnapshotThatDoesNotWorkIsGivenUp(t *testing.T) {
 	s := rig.Start(t, rig.Options{})
 	warm(t, s)
 	for i, point := range append(slices.Clone(passed(t).restore), "") {
-		if !long() && i > 0 && !strings.HasPrefix(point, "host/restore/") && point != "" {
+		if !testkit.IsLong() && i > 0 && !strings.HasPrefix(point, "host/restore/") && point != "" {
 			continue
 		}
 		s.Kill()

@@ -122,7 +122,7 @@ func fresh(known, passed []string) []string {
 // before that all of its system calls leave the same machine.
 func choose(t *testing.T, points []string) []string {
 	t.Helper()
-	if long() {
+	if testkit.IsLong() {
 		return points
 	}
 	var out []string

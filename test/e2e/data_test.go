@@ -17,6 +17,7 @@ import (
 
 	"github.com/dormouse-sandbox/dormouse/api"
 	"github.com/dormouse-sandbox/dormouse/client"
+	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 )
 
 // block is what makes a stream hard to compress and easy to make: the same
@@ -64,7 +65,7 @@ func sum(r io.Reader) (string, error) {
 // big is how much is moved: what issue 3 asks for, or less when the run is to
 // be short.
 func big() int64 {
-	if os.Getenv("DORMOUSE_LONG") == "1" {
+	if testkit.IsLong() {
 		return 1 << 30
 	}
 	return defaultBig

@@ -1,7 +1,6 @@
 package e2e_test
 
 import (
-	"os"
 	"strings"
 	"testing"
 	"time"
@@ -14,7 +13,7 @@ import (
 // needArchive spares a lab, which has no network, what fetches packages.
 func needArchive(t *testing.T) {
 	t.Helper()
-	testkit.Require(t, "network", os.Getenv("DORMOUSE_LAB") != "1", "a lab has none")
+	testkit.Require(t, "network", !testkit.InLab(), "a lab has none")
 }
 
 // TestTemplateFromPackages: a list of Debian packages becomes a template, and its

@@ -184,7 +184,7 @@ func TestPortDownload(t *testing.T) {
 	w := shared(t)
 	id := w.ports()
 	size := int64(256 << 20)
-	if os.Getenv("DORMOUSE_LONG") == "1" {
+	if testkit.IsLong() {
 		size = 1 << 30
 	}
 	hash := func(n int64) string {

@@ -37,7 +37,7 @@ func TestConformance(t *testing.T) {
 	if testkit.Accelerator() != "tcg" { // a lab, where KVM is emulated
 		boots, lives = 2, 3
 	}
-	if os.Getenv("DORMOUSE_LONG") == "1" {
+	if testkit.IsLong() {
 		boots = 44 // as many as it takes to see a boot that hangs most of the time
 	}
 	vmmtest.Run(t, func(t *testing.T) vmmtest.Harness {
