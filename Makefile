@@ -88,7 +88,7 @@ fmt: ## format all Go code
 check: check-deps ## everything CI runs
 	@start=$$SECONDS; \
 	for s in format vet lint build assets unit; do $(MAKE) check-$$s; done; \
-	$(MAKE) -j2 -Oline check-root check-e2e; \
+	$(MAKE) -j2 check-root check-e2e; \
 	$(MAKE) check-lab; \
 	printf 'make check: all passed in %dm%02ds\n' $$(( (SECONDS-start)/60 )) $$(( (SECONDS-start)%60 ))
 
