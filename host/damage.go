@@ -59,6 +59,18 @@ func (a *Agent) diskLost(x disk.Broken) {
 	})
 }
 
+// lostMemory reports whether a page could not be read of the memory that a sandbox
+// goes on from. Under KVM that can make its guest reboot: what the kernel cannot
+// read of a guest's page tables is a page fault to the guest.
+func (a *Agent) lostMemory(id sandbox.ID) bool {
+	b, err := a.box(string(id))
+	if err != nil || a.cfg.Images == nil {
+		return false
+	}
+	began := b.now().Began
+	return began != nil && a.cfg.Images.Damaged(began.Memory)
+}
+
 // muteLimit is how often in a row a guest whose memory is damaged may not answer.
 const muteLimit = 2
 

@@ -86,15 +86,19 @@ func (m *machine) removeGroup(ctx context.Context) error {
 }
 
 // exitOf is how a VM ended, as far as the host can tell: of a VMM that the kernel
-// killed, its group knows why.
+// killed, its group knows why; of a guest that fell over a page which could not be
+// read, what serves its memory.
 func (a *Agent) exitOf(id sandbox.ID, vm vmm.Machine) vmm.Exit {
 	exit := vm.Exit()
-	if exit.Cause != sandbox.CauseVMMCrash || !a.oomKilled(id) {
-		return exit
+	switch {
+	case exit.Cause == sandbox.CauseVMMCrash && a.oomKilled(id):
+		exit.Cause = sandbox.CauseOOMHost
+		exit.Detail += ": the kernel ended it for want of memory, at the limit of its control group or of the host"
+		exit.Retry = false
+	case exit.Cause == sandbox.CauseGuestExit && exit.Reset && a.lostMemory(id):
+		exit.Cause = sandbox.CausePagerFault
+		exit.Detail = "a page of the guest's saved memory could not be read: " + exit.Detail
 	}
-	exit.Cause = sandbox.CauseOOMHost
-	exit.Detail += ": the kernel ended it for want of memory, at the limit of its control group or of the host"
-	exit.Retry = false
 	return exit
 }
 

@@ -164,6 +164,28 @@ func TestAGuestThatWantsADamagedPageIsEnded(t *testing.T) {
 	}
 }
 
+// TestAGuestThatFallsOverADamagedPage and reboots has not ended by itself.
+func TestAGuestThatFallsOverADamagedPage(t *testing.T) {
+	r := newSnapshotRig(t)
+	r.open()
+	booted := r.mustCreate()
+	ends := func(id sandbox.ID, damaged bool, end func(sandbox.ID) error, want sandbox.Cause) {
+		t.Helper()
+		r.images.damaged.Store(damaged)
+		if err := end(id); err != nil {
+			t.Fatal(err)
+		}
+		testkit.Eventually(t, 5*time.Second, "ended", func() bool { return r.status(id).State == "ended" })
+		if got := r.status(id); got.Cause != want {
+			t.Errorf("it ended by %s: %s; want %s", got.Cause, got.Detail, want)
+		}
+	}
+	ends(r.mustCreate(), false, r.vms.Reset, sandbox.CauseGuestExit)
+	ends(r.mustCreate(), true, r.vms.Reset, sandbox.CausePagerFault)
+	ends(r.mustCreate(), true, r.vms.PowerOff, sandbox.CauseGuestExit)
+	ends(booted, true, r.vms.Reset, sandbox.CauseGuestExit) // it goes on from no saved memory
+}
+
 // TestPauseFailsAt fails every step of a pause in turn. The sandbox runs on, or it
 // is paused; what it knows is right either way, also after one pause more.
 func TestPauseFailsAt(t *testing.T) {

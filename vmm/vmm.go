@@ -98,6 +98,9 @@ type Exit struct {
 	Cause  sandbox.Cause // CauseGuestExit, CauseOOMGuest or CauseVMMCrash; CauseUser after Kill
 	Detail string        // a sentence: "qemu: killed by signal SIGKILL"
 	At     time.Time
+	// Reset says that the guest ended itself by a reboot or a panic, and did not
+	// switch its machine off.
+	Reset bool
 	// Retry says that the boot failed for a reason which another start of the
 	// same VM need not have.
 	Retry bool

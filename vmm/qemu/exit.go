@@ -25,7 +25,7 @@ type evidence struct {
 // refines a verdict that the guest ended itself.
 func judge(e evidence) (sandbox.Cause, string) {
 	switch {
-	case strings.HasPrefix(e.shutdown, "guest-"):
+	case e.byGuest():
 		return guestEnd(e)
 	case e.killed:
 		return sandbox.CauseUser, "qemu: killed on request"
@@ -38,6 +38,14 @@ func judge(e evidence) (sandbox.Cause, string) {
 	}
 	return sandbox.CauseVMMCrash, crashDetail(e)
 }
+
+func (e evidence) byGuest() bool { return strings.HasPrefix(e.shutdown, "guest-") }
+
+// reset is for vmm.Exit.
+func (e evidence) reset() bool { return e.byGuest() && e.shutdown != switchedOff }
+
+// switchedOff is the reason of a guest that has powered off.
+const switchedOff = "guest-shutdown"
 
 // unread reports whether a page of a restored guest's memory could not be read:
 // QEMU is then sent a signal, or, if it was the guest that wanted the page under
@@ -52,7 +60,7 @@ const badAddress = "kvm run failed Bad address"
 const DetailReset = "the guest rebooted, which ends it"
 
 func guestEnd(e evidence) (sandbox.Cause, string) {
-	if e.shutdown == "guest-shutdown" {
+	if e.shutdown == switchedOff {
 		return sandbox.CauseGuestExit, "the guest powered off"
 	}
 	line := panicLine(e.console)

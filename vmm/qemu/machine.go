@@ -138,7 +138,7 @@ func (m *machine) watch(ctx context.Context) {
 	m.mu.Unlock()
 	e.console, e.log = m.console.tail(scanConsole), m.log.tail(4<<10)
 	cause, detail := judge(e)
-	m.exit = vmm.Exit{Cause: cause, Detail: detail, At: time.Now(), Retry: retry}
+	m.exit = vmm.Exit{Cause: cause, Detail: detail, At: time.Now(), Reset: e.reset(), Retry: retry}
 	m.driver.config.Log.Info("vm ended", "sandbox", m.record.ID, "pid", m.record.PID, "cause", cause, "detail", detail)
 	close(m.done)
 	m.stop() // there is nothing left to care for

@@ -161,6 +161,11 @@ func (d *Driver) PowerOff(id sandbox.ID) error {
 	return d.endOne(id, vmm.Exit{Cause: sandbox.CauseGuestExit, Detail: "fake: the guest powered off"})
 }
 
+// Reset ends a machine as its guest's reboot does.
+func (d *Driver) Reset(id sandbox.ID) error {
+	return d.endOne(id, vmm.Exit{Cause: sandbox.CauseGuestExit, Detail: "fake: the guest rebooted", Reset: true})
+}
+
 // FailMemory ends a machine as one whose memory could not be served.
 func (d *Driver) FailMemory(id sandbox.ID) error {
 	return d.endOne(id, vmm.Exit{Cause: sandbox.CausePagerFault, Detail: "fake: its memory could not be read"})

@@ -57,7 +57,7 @@ func (v *vm) run(ctx context.Context, guest Guest) {
 	})
 	exit := vmm.Exit{Cause: sandbox.CauseGuestExit, Detail: "fake: the guest powered off"}
 	if err != nil {
-		exit.Detail = "fake: " + err.Error()
+		exit.Detail, exit.Reset = "fake: "+err.Error(), true
 	}
 	if errors.Is(err, ErrOutOfMemory) {
 		exit.Cause = sandbox.CauseOOMGuest

@@ -65,7 +65,8 @@ type Harness struct {
 	// call was about, or zeros. Nil gives the flat file.
 	Memory func(t *testing.T, flat string, runs []vmm.PageRun) *os.File
 	// MayHang says that a guest which wants a page that cannot be read may stand
-	// still for ever instead of ending: KVM drops the error (docs/decisions.md).
+	// still for ever, or reset its machine, instead of ending by it: KVM drops the
+	// error, or makes a page fault of it (docs/decisions.md).
 	MayHang bool
 }
 
@@ -213,6 +214,9 @@ func powerOff(t *testing.T, h Harness) {
 	m := start(t, h, h.Driver(t), PowerOff)
 	exit := ended(t, m, h.BootLimit)
 	wantCause(t, exit, sandbox.CauseGuestExit)
+	if exit.Reset {
+		t.Errorf("it switched itself off, and is said to have rebooted: %+v", exit)
+	}
 	if !strings.Contains(console(t, m), Marker) {
 		t.Error("the console is not readable after the end")
 	}
@@ -227,6 +231,9 @@ func panics(t *testing.T, h Harness) {
 	wantCause(t, exit, sandbox.CauseGuestExit)
 	if !strings.Contains(exit.Detail, "panic") || !strings.Contains(exit.Detail, "kill init") {
 		t.Errorf("the detail %q does not tell of the panic", exit.Detail)
+	}
+	if !exit.Reset {
+		t.Errorf("it rebooted after a panic: %+v", exit)
 	}
 }
 
