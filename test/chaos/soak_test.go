@@ -42,7 +42,7 @@ func TestSoak(t *testing.T) {
 	t.Logf("%v", k.counts)
 	k.destroyAll()
 	k.flat()
-	k.noMounts()
+	k.mounts()
 }
 
 // mostAtOnce bounds the sandboxes of a soak.
@@ -237,18 +237,26 @@ func (k *soak) goroutines() int {
 	return 0
 }
 
-// noMounts looks for mounts of the server that are not its namespaces.
-func (k *soak) noMounts() {
+// mounts wants nothing of the server mounted but its namespaces and, once, what
+// its page server composes.
+func (k *soak) mounts() {
 	data, err := os.ReadFile("/proc/self/mounts")
 	if err != nil {
 		k.t.Fatal(err)
 	}
-	known := k.s.Namespaces()
+	known, images := k.s.Namespaces(), 0
 	for line := range strings.Lines(string(data)) {
 		where := strings.Fields(line)[1]
+		if where == "/run/dormouse-"+k.s.Instance+".pages/images" {
+			images++
+			continue
+		}
 		ours := strings.Contains(where, k.s.Instance) || strings.Contains(where, k.s.Data)
 		if ours && !slices.Contains(known, strings.Replace(where, "/var/run", "/run", 1)) {
 			k.t.Errorf("left mounted: %s", line)
 		}
+	}
+	if images != 1 {
+		k.t.Errorf("the page server's mount is there %d times", images)
 	}
 }
