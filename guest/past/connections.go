@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"sync"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -21,10 +22,7 @@ import (
 //
 // It needs the kernel's tcp_diag (with CONFIG_INET_DIAG_DESTROY, Linux 4.5).
 func EndConnections(spare uint16) (int, error) {
-	ours, err := ownAddresses()
-	if err != nil {
-		return 0, fmt.Errorf("list addresses: %w", err)
-	}
+	ours := sync.OnceValues(ownAddresses) // few machines have anything that leads anywhere
 	ended := 0
 	var errs []error
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
@@ -34,10 +32,17 @@ func EndConnections(spare uint16) (int, error) {
 			continue
 		}
 		for _, s := range sockets {
-			if !leads(s, spare, ours) {
+			if !leads(s, spare) {
 				continue
 			}
-			err := destroy(s)
+			own, err := ours()
+			if err != nil {
+				return ended, errors.Join(append(errs, fmt.Errorf("list addresses: %w", err))...)
+			}
+			if own[destination(s)] {
+				continue
+			}
+			err = destroy(s)
 			switch {
 			case err == nil:
 				ended++
@@ -78,15 +83,19 @@ const (
 	listens  = 10
 )
 
-// leads says that a socket is one end of a connection to another machine. One in
+// leads says that a socket is one end of a connection to another address. One in
 // TIME_WAIT is no process's any more, and cannot be aborted.
-func leads(s *netlink.Socket, spare uint16, ours map[netip.Addr]bool) bool {
+func leads(s *netlink.Socket, spare uint16) bool {
 	if s.State == timeWait || s.State == closed || s.State == listens || s.ID.SourcePort == spare {
 		return false
 	}
-	to, ok := netip.AddrFromSlice(s.ID.Destination)
-	to = to.Unmap()
-	return ok && !to.IsUnspecified() && !to.IsLoopback() && !ours[to]
+	to := destination(s)
+	return to.IsValid() && !to.IsUnspecified() && !to.IsLoopback()
+}
+
+func destination(s *netlink.Socket) netip.Addr {
+	to, _ := netip.AddrFromSlice(s.ID.Destination) // the zero Addr is not valid
+	return to.Unmap()
 }
 
 func ownAddresses() (map[netip.Addr]bool, error) {
