@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 
 import e2b
 from e2b import AsyncSandbox, Sandbox
@@ -271,7 +272,7 @@ for function in CHECKS:
     try:
         function()
     except BaseException as e:
-        error = f"{type(e).__name__}: {e}"
+        error = f"{type(e).__name__}: {e}\n{traceback.format_exc()}"
     signal.alarm(0)
     line = {"name": function.__name__.replace("_", " "), "error": error, "ms": round(1000 * (time.time() - began))}
     print(json.dumps(line), flush=True)
