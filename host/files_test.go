@@ -18,6 +18,7 @@ import (
 	"github.com/dormouse-sandbox/dormouse/host"
 	"github.com/dormouse-sandbox/dormouse/host/hostapi"
 	hostv1 "github.com/dormouse-sandbox/dormouse/host/hostapi/gen/dormouse/host/v1"
+	"github.com/dormouse-sandbox/dormouse/internal/kernel"
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/internal/tree"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
@@ -70,15 +71,11 @@ func TestAgentThatAnswersBeforeTheUpload(t *testing.T) {
 // arrived waits until the other kernel has what was written. Where the writer's
 // thread moves to another processor, loopback lets a reset overtake it.
 func arrived(t *testing.T, conn *net.TCPConn) {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		t.Error(err)
-		return
-	}
 	var unacknowledged int
-	ask := func(fd uintptr) { unacknowledged, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) }
+	var err error
+	ask := func(fd int) (err error) { unacknowledged, err = unix.IoctlGetInt(fd, unix.SIOCOUTQ); return err }
 	all := func() bool {
-		err = errors.Join(raw.Control(ask), err)
+		err = kernel.WithFD(conn, ask)
 		return err != nil || unacknowledged == 0
 	}
 	if !testkit.Poll(10*time.Second, all) || err != nil {

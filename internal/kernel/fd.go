@@ -2,13 +2,15 @@ package kernel
 
 import (
 	"os"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
-// WithFD makes a call on a file's descriptor, which stays open meanwhile. The file
-// stays as it is: File.Fd would make it blocking, and take its deadlines away.
-func WithFD(f *os.File, call func(fd int) error) error {
+// WithFD makes a call on the descriptor of a file or a connection, which stays open
+// meanwhile. It stays as it is: File.Fd would make it blocking, and take its deadlines
+// away.
+func WithFD(f syscall.Conn, call func(fd int) error) error {
 	conn, err := f.SyscallConn()
 	if err != nil {
 		return err
