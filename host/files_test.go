@@ -5,9 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
+	"syscall"
 	"testing"
 	"time"
 
@@ -43,9 +43,9 @@ func TestAgentThatAnswersBeforeTheUpload(t *testing.T) {
 		}
 		body := fmt.Sprintf(`{"code":507,"message":%q}`, full)
 		_, _ = fmt.Fprintf(conn, "HTTP/1.1 507 Insufficient Storage\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
-		arrived(t, conn.(*net.TCPConn))
-		_ = conn.(*net.TCPConn).CloseRead() // what was not read makes the kernel reset the connection
-		_ = conn.Close()                    // the caller is to hear the answer all the same
+		arrived(t, conn.(syscall.Conn))
+		_ = conn.(interface{ CloseRead() error }).CloseRead() // what was not read makes the kernel reset the connection
+		_ = conn.Close()                                      // the caller is to hear the answer all the same
 	}
 	mux.HandleFunc("POST /files", full507)
 	mux.HandleFunc("POST /files/tree", full507)
@@ -70,7 +70,7 @@ func TestAgentThatAnswersBeforeTheUpload(t *testing.T) {
 
 // arrived waits until the other kernel has what was written. Where the writer's
 // thread moves to another processor, loopback lets a reset overtake it.
-func arrived(t *testing.T, conn *net.TCPConn) {
+func arrived(t *testing.T, conn syscall.Conn) {
 	var unacknowledged int
 	var err error
 	ask := func(fd int) (err error) { unacknowledged, err = unix.IoctlGetInt(fd, unix.SIOCOUTQ); return err }
