@@ -3,8 +3,10 @@ package vmmfake
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -132,13 +134,31 @@ func (c *console) read(offset int64, limit int) ([]byte, int64, error) {
 	return append([]byte(nil), c.data[offset-c.start:stop-c.start]...), stop, nil
 }
 
+// strict ends the process when an agent's handler panics: net/http would only print
+// it, and a test whose agent stops half-way may pass for the wrong reason.
+func strict(handler http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer func() {
+			cause := recover()
+			if err, ok := cause.(error); ok && errors.Is(err, http.ErrAbortHandler) {
+				panic(cause) // it breaks its connection off on purpose
+			}
+			if cause != nil {
+				go panic(fmt.Sprintf("fake: the agent panicked: %v\n%s", cause, debug.Stack()))
+				select {} // the process ends
+			}
+		}()
+		handler.ServeHTTP(w, r)
+	})
+}
+
 // Serve is a guest whose agent is an http.Handler, reached with Driver.Dial.
 func Serve(handler http.Handler) Guest {
 	return func(ctx context.Context, m Inside) error {
 		protocols := new(http.Protocols)
 		protocols.SetHTTP1(true)
 		protocols.SetUnencryptedHTTP2(true)
-		server := &http.Server{Handler: behind(m.pass, handler), Protocols: protocols, ReadHeaderTimeout: time.Minute}
+		server := &http.Server{Handler: behind(m.pass, strict(handler)), Protocols: protocols, ReadHeaderTimeout: time.Minute}
 		stop := context.AfterFunc(ctx, func() { _ = server.Close() }) // breaks what is open, as a dead VM does
 		defer stop()
 		_, _ = m.Console.Write([]byte("fake: guest agent listens\n")) // the console never fails
