@@ -2,10 +2,8 @@ package host_test
 
 import (
 	"io/fs"
-	"os"
 	"path/filepath"
 	"runtime"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -25,14 +23,10 @@ type holdings struct {
 func holdingsOf(t *testing.T, dir string) (h holdings) {
 	t.Helper()
 	h.goroutines, h.fds = runtime.NumGoroutine(), testkit.OpenFDs(t)
-	mounts, err := os.ReadFile("/proc/self/mounts")
-	if err != nil {
-		t.Fatal(err)
-	}
-	h.mounts = strings.Count(string(mounts), "\n")
+	h.mounts = len(testkit.Mounts(t, testInstance, dir))
 	names, _ := filepath.Glob("/run/netns/dm" + testInstance + "-*") // the pattern is right
 	h.namespaces = len(names)
-	err = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+	err := filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return nil //nolint:nilerr // it is gone again
 		}

@@ -26,7 +26,8 @@ func measure(t testing.TB) usage {
 		}
 		return n
 	}
-	return usage{testkit.OpenFDs(t), len(threads), runtime.NumGoroutine(), count("cat /proc/self/mounts"), count("ip -o link")}
+	mounts := len(testkit.Mounts(t, "/run/netns/dmtest0-"))
+	return usage{testkit.OpenFDs(t), len(threads), runtime.NumGoroutine(), mounts, count("ip -o link | grep dmtest0- || true")}
 }
 
 func TestFiftyCyclesLeakNothing(t *testing.T) {

@@ -88,9 +88,8 @@ func config(t *testing.T) pager.Config {
 		if err := pager.Sweep(t.Context(), cfg.Dir); err != nil {
 			t.Error(err)
 		}
-		mounts, err := os.ReadFile("/proc/self/mounts")
-		if err != nil || strings.Contains(string(mounts), cfg.Dir) {
-			t.Errorf("still mounted (%v)", err)
+		if left := testkit.Mounts(t, cfg.Dir); len(left) > 0 {
+			t.Errorf("still mounted: %q", left)
 		}
 	})
 	return cfg
@@ -374,8 +373,8 @@ func TestOpenFailsAt(t *testing.T) {
 					if !errors.Is(err, fault.ErrInjected) {
 						t.Fatalf("it is %v", err)
 					}
-					if mounts, err := os.ReadFile("/proc/self/mounts"); err != nil || strings.Contains(string(mounts), cfg.Dir) {
-						t.Errorf("still mounted (%v)", err)
+					if left := testkit.Mounts(t, cfg.Dir); len(left) > 0 {
+						t.Errorf("still mounted: %q", left)
 					}
 					p = open(t, cfg)
 				} else if err != nil {

@@ -117,6 +117,19 @@ func Unmount(dir string) error {
 	return err
 }
 
+// Mounts lists what of some owners is mounted: the lines of /proc/self/mounts that
+// name one. How many there are in all is no test's to say: others run beside it.
+func Mounts(t testing.TB, owners ...string) []string {
+	t.Helper()
+	data, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.DeleteFunc(strings.Split(string(data), "\n"), func(line string) bool {
+		return !slices.ContainsFunc(owners, func(owner string) bool { return strings.Contains(line, owner) })
+	})
+}
+
 // OpenFDs counts this process's file descriptors.
 func OpenFDs(t testing.TB) int {
 	t.Helper()

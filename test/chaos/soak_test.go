@@ -240,19 +240,14 @@ func (k *soak) goroutines() int {
 // mounts wants nothing of the server mounted but its namespaces and, once, what
 // its page server composes.
 func (k *soak) mounts() {
-	data, err := os.ReadFile("/proc/self/mounts")
-	if err != nil {
-		k.t.Fatal(err)
-	}
 	known, images := k.s.Namespaces(), 0
-	for line := range strings.Lines(string(data)) {
+	for _, line := range testkit.Mounts(k.t, k.s.Instance, k.s.Data) {
 		where := strings.Fields(line)[1]
 		if where == "/run/dormouse-"+k.s.Instance+".pages/images" {
 			images++
 			continue
 		}
-		ours := strings.Contains(where, k.s.Instance) || strings.Contains(where, k.s.Data)
-		if ours && !slices.Contains(known, strings.Replace(where, "/var/run", "/run", 1)) {
+		if !slices.Contains(known, strings.Replace(where, "/var/run", "/run", 1)) {
 			k.t.Errorf("left mounted: %s", line)
 		}
 	}
