@@ -54,6 +54,17 @@ type box struct {
 	mute      int // how often in a row a guest with a damaged memory has not answered
 }
 
+// takeWithin takes op if it can be had in time.
+func (b *box) takeWithin(limit time.Duration) bool {
+	const pause = 5 * time.Millisecond
+	for deadline := time.Now().Add(limit); !b.op.TryLock(); time.Sleep(pause) {
+		if time.Now().After(deadline) {
+			return false
+		}
+	}
+	return true
+}
+
 func newBox(e entry) *box {
 	b := &box{id: e.ID, entry: e, endWaking: func() {}}
 	b.alive, b.die = context.WithCancelCause(context.Background())

@@ -95,8 +95,8 @@ func (a *Agent) SetLimits(id string, l Limits) error {
 	if l.AutoPause != nil && *l.AutoPause < 0 {
 		return sandbox.Errorf(sandbox.KindInvalid, "auto_pause is %v, must not be negative", *l.AutoPause)
 	}
-	if !b.op.TryLock() {
-		return sandbox.Errorf(sandbox.KindBusy, "sandbox %s is just now being changed", b.id)
+	if !b.takeWithin(freezeLimit) { // so long may the agent itself be at it, for want of space
+		return sandbox.Errorf(sandbox.KindBusy, "sandbox %s has been changed by somebody else for %v, and still is", b.id, freezeLimit)
 	}
 	defer b.op.Unlock()
 	if a.isClosed() {

@@ -68,6 +68,34 @@ func TestDeadlineMovedInTime(t *testing.T) {
 	}
 }
 
+// TestDeadlineOfOneThatIsBeingChanged waits for whoever changes it, but not forever.
+func TestDeadlineOfOneThatIsBeingChanged(t *testing.T) {
+	r := newRig(t)
+	r.open()
+	id := r.mustCreate()
+	act, reached, goOn := wait(t)
+	defer fault.Set("osfs/set-deadline/write", act)()
+	move := func(to time.Time) chan error {
+		moved := make(chan error)
+		go func() { moved <- r.agent.SetDeadline(string(id), to) }()
+		return moved
+	}
+	first := move(time.Now().Add(time.Hour))
+	<-reached
+	if err := <-move(time.Now().Add(time.Hour)); !sandbox.Is(err, sandbox.KindBusy) {
+		t.Errorf("while another change hangs: %v", err)
+	}
+	last := time.Now().Add(2 * time.Hour)
+	second := move(last)
+	goOn <- nil
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+	if err := <-second; err != nil || !r.status(id).Deadline.Equal(last) {
+		t.Errorf("after it: %v, and the deadline is %v, want %v", err, r.status(id).Deadline, last)
+	}
+}
+
 // TestDeadlineOfOneThatEnds cannot be moved: nobody is told that it lives on.
 func TestDeadlineOfOneThatEnds(t *testing.T) {
 	r := newRig(t)
