@@ -96,9 +96,7 @@ func TestTerminal(t *testing.T) {
 	if err := p.Resize(host.Terminal{Rows: 1 << 16}); !sandbox.Is(err, sandbox.KindInvalid) {
 		t.Errorf("a terminal that is too large: %v", err)
 	}
-	if err := p.Input([]byte("bye\r")); err != nil {
-		t.Fatal(err)
-	}
+	_ = p.Input([]byte("bye\r")) // the end may overtake its answer
 	if err := <-ended; err.Error() != "exit status 3" {
 		t.Errorf("it ended with %v", err)
 	}
