@@ -39,6 +39,7 @@ type agentStandIn struct {
 	status   int
 	answer   string
 	asked    []string // path and body
+	heard    func()   // is called when it is asked; nil for nothing
 }
 
 func (a *agentStandIn) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -52,6 +53,9 @@ func (a *agentStandIn) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	a.asked = append(a.asked, r.URL.Path+" "+string(body))
+	if a.heard != nil {
+		a.heard()
+	}
 	w.WriteHeader(a.status)
 	_, _ = io.WriteString(w, a.answer) // the caller is gone
 }
@@ -98,6 +102,37 @@ func TestControlCallsAreSignedForWhoTheGuestIs(t *testing.T) {
 	}
 	if err := g.Thaw(t.Context(), key, "somebody", now.Add(time.Hour)); !sandbox.Is(err, sandbox.KindInvalid) {
 		t.Errorf("signed for somebody else: %v", err)
+	}
+}
+
+// TestALateClockIsSetAgain, as who the guest is by then, and not without end.
+func TestALateClockIsSetAgain(t *testing.T) {
+	start := time.Date(2026, 11, 27, 12, 0, 0, 0, time.UTC)
+	for _, tt := range []struct {
+		what      string
+		said      time.Duration   // the guest's clock when it answers, after the start
+		takes     []time.Duration // each call, the first one's included
+		rehearsal bool
+		thaws     int
+	}{
+		{what: "in time", said: 10 * time.Millisecond, takes: []time.Duration{20 * time.Millisecond}},
+		{what: "late once", said: 0, takes: []time.Duration{time.Second, 5 * time.Millisecond}, thaws: 1},
+		{what: "late for ever", said: 0, takes: []time.Duration{time.Second, time.Second, time.Second, time.Second, time.Second}, thaws: 3},
+		{what: "at a rehearsal", said: 0, takes: []time.Duration{time.Second}, rehearsal: true},
+	} {
+		t.Run(tt.what, func(t *testing.T) {
+			agent, g, key := standIn(t)
+			now, calls := start, 0
+			agent.status, agent.answer = http.StatusOK, `{"clock":"`+start.Add(tt.said).Format(time.RFC3339Nano)+`"}`
+			agent.heard = func() { now = now.Add(tt.takes[calls]); calls++ }
+			init := guestapi.Init{SandboxID: "abc", Rehearsal: tt.rehearsal}
+			if _, err := g.Identify(t.Context(), key, "abc", func() time.Time { return now }, init); err != nil {
+				t.Fatal(err)
+			}
+			if calls != 1+tt.thaws {
+				t.Errorf("the guest was asked %q", agent.asked)
+			}
+		})
 	}
 }
 

@@ -568,6 +568,9 @@ func TestCreatesAreRestores(t *testing.T) {
 	if got := read(r.inside(second), 0, 34); got != "booted as "+string(first) {
 		t.Errorf("the second one's memory begins with %q", got)
 	}
+	if got := read(r.inside(second), 8192, 9); got != "rehearsed" {
+		t.Errorf("in the second one's memory is %q, want that the first has rehearsed", got)
+	}
 	r.restart()
 	if third := r.mustCreate(); !r.inside(third).Restored {
 		t.Error("after a restart it boots again")
@@ -588,6 +591,25 @@ func TestCreatesAreRestores(t *testing.T) {
 			t.Errorf("pause %d of one that did nothing wrote %+v", generation, saved.Memory)
 		}
 		r.mustResume(second)
+	}
+}
+
+// TestARehearsalThatFails costs the warm snapshot, and not the sandbox.
+func TestARehearsalThatFails(t *testing.T) {
+	r := newSnapshotRig(t)
+	r.open()
+	r.forgets.Store(true)
+	first := r.mustCreate()
+	if r.stands(first) {
+		t.Error("the processes of the first stand still")
+	}
+	if refs, err := r.store.Refs(); err != nil || len(refs) > 0 {
+		t.Errorf("references: %+v, %v", refs, err)
+	}
+	r.forgets.Store(false)
+	r.mustCreate() // and rehearses
+	if third := r.mustCreate(); !r.inside(third).Restored {
+		t.Error("after a rehearsal that went well the next one boots again")
 	}
 }
 

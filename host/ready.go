@@ -133,7 +133,7 @@ func (s *startup) notReady(format string, args ...any) error {
 // probe runs the check once. Why is empty when it has succeeded.
 func (s *startup) probe(ctx context.Context, c check) (why string, err error) {
 	c.command.Timeout = c.timeout
-	process, err := s.run(ctx, c.command)
+	process, err := s.g.run(ctx, c.command)
 	if err != nil {
 		return "", err
 	}

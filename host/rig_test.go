@@ -58,6 +58,7 @@ type rig struct {
 	origins  map[sandbox.ID]string // who they were before they were told
 	ports    map[int]string        // where the ports of guests lead; others are closed
 	sick     atomic.Bool           // guests are not well
+	forgets  atomic.Bool           // its guests fail their rehearsal
 }
 
 func newRig(t *testing.T) *rig {

@@ -96,7 +96,7 @@ func (s *startup) start(ctx context.Context, c Command) error {
 	if err := fault.Point(ctx, "host/create/start"); err != nil {
 		return err
 	}
-	process, err := s.run(ctx, c)
+	process, err := s.g.run(ctx, c)
 	if err != nil {
 		return s.notStarted(ctx, c, err)
 	}
@@ -130,11 +130,11 @@ func (s *startup) notStarted(ctx context.Context, c Command, err error) error {
 }
 
 // run starts a command on a guest that is not open to callers yet.
-func (s *startup) run(ctx context.Context, c Command) (*Process, error) {
+func (g *guest) run(ctx context.Context, c Command) (*Process, error) {
 	if err := c.check(); err != nil {
 		return nil, err
 	}
-	return launch(ctx, ctx, &Process{g: s.g, gone: context.WithoutCancel(ctx), user: c.User, cancel: func() {}, done: func() {}},
+	return launch(ctx, ctx, &Process{g: g, gone: context.WithoutCancel(ctx), user: c.User, cancel: func() {}, done: func() {}},
 		func(caller context.Context, r *Process) error { return r.start(caller, c, false) })
 }
 

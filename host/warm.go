@@ -10,7 +10,9 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
+	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
 	"github.com/dormouse-sandbox/dormouse/internal/fault"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
 	"github.com/dormouse-sandbox/dormouse/snapshot"
@@ -117,11 +119,15 @@ func (a *Agent) warm(name string) (*point, func(), error) {
 
 // keepWarm keeps a machine that has booted and knows nothing yet. That it could
 // not is no reason to fail the create.
-func (m *machine) keepWarm(ctx context.Context, p plan, watch *stopwatch) error {
+func (m *machine) keepWarm(ctx context.Context, g *guest, p plan, watch *stopwatch) error {
 	if p.warm == "" {
 		return nil
 	}
-	err := m.tryKeepWarm(ctx, p, watch)
+	err := m.rehearse(ctx, g, p)
+	watch.lap("rehearse")
+	if err == nil {
+		err = m.tryKeepWarm(ctx, p, watch)
+	}
 	if err != nil {
 		m.a.log.Warn("warm snapshot not kept", "snapshot", p.warm, "err", err)
 	}
@@ -130,6 +136,33 @@ func (m *machine) keepWarm(ctx context.Context, p plan, watch *stopwatch) error 
 		return fmt.Errorf("let it run on: %w", err)
 	}
 	watch.lap("warm")
+	return nil
+}
+
+// rehearsalLimit bounds the command of a rehearsal.
+const rehearsalLimit = 10 * time.Second
+
+// rehearse has the guest do what each of its copies will do first: become somebody,
+// and run a command. So their pages are in the memory that is kept, and mapped.
+func (m *machine) rehearse(ctx context.Context, g *guest, p plan) error {
+	if err := fault.Point(ctx, "host/warm/rehearse"); err != nil {
+		return err
+	}
+	_, err := g.identify(ctx, m.a.key, m.id, m.a.cfg.Now, guestapi.Init{
+		Rehearsal: true, Hostname: p.entry.Hostname, Entropy: randomBytes(64), NewMachineID: true,
+	})
+	if err != nil { // its processes may stand still, and this one has to run
+		return errors.Join(fmt.Errorf("rehearse its identity: %w", err), g.thaw(ctx, m.a.key, m.id, m.a.cfg.Now()))
+	}
+	// An image need not have this one.
+	r, err := g.run(ctx, Command{Cmd: "/bin/true", User: p.entry.DefaultUser, Timeout: rehearsalLimit})
+	if err == nil {
+		_, err = r.Output(func(_, _ []byte) error { return nil })
+		r.Finish(err == nil)
+	}
+	if err != nil {
+		m.a.log.Info("no command was rehearsed", "sandbox", m.id, "why", printable(err.Error()))
+	}
 	return nil
 }
 

@@ -55,7 +55,7 @@ func (a *Agent) identify(ctx context.Context, init guestapi.Init, at hostTime) (
 	if err := a.cfg.Identity.Apply(init, true); err != nil {
 		return out, err
 	}
-	if a.cfg.Hooks != nil { // who this is stands by now: nothing of it depends on the caller any more
+	if a.cfg.Hooks != nil && !init.Rehearsal { // who this is stands by now: nothing of it depends on the caller any more
 		out.Hooks = a.cfg.Hooks(context.WithoutCancel(ctx), a.cfg.Identity.Get())
 	}
 	if err := a.thawLocked(); err != nil {

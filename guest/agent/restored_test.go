@@ -117,6 +117,21 @@ func TestASandboxThatHasSlept(t *testing.T) {
 	}
 }
 
+// TestARehearsalMakesNobodyOfIt: all is done but for the hooks, and it is who it was.
+func TestARehearsalMakesNobodyOfIt(t *testing.T) {
+	s := startSandboxed(t)
+	init := copied()
+	s.identify(t, guestapi.Init{
+		Restored: true, Rehearsal: true, Timestamp: init.Timestamp, Entropy: init.Entropy, Hostname: "one", NewMachineID: true,
+	})
+	s.want(t, "freeze", "clock", "entropy", "hostname", "machine ID", "past", "thaw")
+	s.id = "one"
+	s.restore(t) // signed as the one that it was
+	if got := s.identify(t, init); !got.Frozen || len(got.Hooks) != 1 {
+		t.Errorf("%+v", got)
+	}
+}
+
 func TestACopyThatWasNotFrozenIsFrozenFirst(t *testing.T) {
 	s := startSandboxed(t)
 	if got := s.identify(t, copied()); got.Frozen {

@@ -138,6 +138,10 @@ type Init struct {
 	// When something of it fails, they still stand still, and the guest is still
 	// who it was before: the call can be made again.
 	Restored bool `json:"restored,omitempty"`
+	// Rehearsal says with Restored that this machine was only booted, and will be kept
+	// to be copied: all of the call is done but for the image's hooks, so that a copy
+	// finds in memory what it needs for its own.
+	Rehearsal bool `json:"rehearsal,omitempty"`
 	// NewMachineID replaces /etc/machine-id, where the image has that file. A copy
 	// wants it; a sandbox that has only slept does not.
 	NewMachineID bool `json:"newMachineID,omitempty"`
