@@ -25,7 +25,7 @@ func TestTSCIsMeasuredOnceAndPlausible(t *testing.T) {
 	if err != nil || again != khz {
 		t.Errorf("second answer %d, %v; the first was %d", again, err, khz)
 	}
-	if took := time.Since(start); took > 50*time.Millisecond {
+	if took := time.Since(start); took > 150*time.Millisecond { // measuring takes 200
 		t.Errorf("the second answer took %v: measured again", took)
 	}
 	if khz < 500_000 || khz > 7_000_000 {

@@ -381,13 +381,21 @@ func TestNewSaysWhatIsMissing(t *testing.T) {
 	}
 }
 
-// TestTheGuestsClockIsTrue: four ticks of a second take three real seconds.
+// TestTheGuestsClockIsTrue: four ticks of a second take three real seconds. A busy
+// machine may show one late, but not three times in a row.
 func TestTheGuestsClockIsTrue(t *testing.T) {
 	m := boot(t, driver(t), spec(t, "clock", nil), "TICK 0")
-	start := time.Now()
-	await(t, m, "TICK 3")
-	if took := time.Since(start).Seconds(); took < 2.7 || took > 3.5 {
-		t.Errorf("three guest seconds took %.2f real ones", took)
+	for to := 3; ; to += 3 {
+		start := time.Now()
+		await(t, m, fmt.Sprint("TICK ", to))
+		took := time.Since(start).Seconds()
+		if took > 2.7 && took < 3.5 {
+			return
+		}
+		t.Logf("three guest seconds took %.2f real ones", took)
+		if to == 9 {
+			t.Fatal("the guest's clock is wrong")
+		}
 	}
 }
 

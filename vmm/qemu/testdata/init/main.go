@@ -61,7 +61,7 @@ func act(do string) {
 	case "devices":
 		devices()
 	case "clock":
-		for i := range 4 {
+		for i := range 10 {
 			say("TICK %d", i)
 			time.Sleep(time.Second)
 		}
