@@ -568,7 +568,7 @@ func TestCreatesAreRestores(t *testing.T) {
 	if got := read(r.inside(second), 0, 34); got != "booted as "+string(first) {
 		t.Errorf("the second one's memory begins with %q", got)
 	}
-	if got := read(r.inside(second), 8192, 9); got != "rehearsed" {
+	if got := read(r.inside(second), 4096+64, 9); got != "rehearsed" {
 		t.Errorf("in the second one's memory is %q, want that the first has rehearsed", got)
 	}
 	r.restart()
