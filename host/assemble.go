@@ -371,7 +371,7 @@ func (m *machine) introduce(ctx context.Context, g *guest, p plan) error {
 		EnvVars: mergeEnv(p.entry.Env, p.entry.Spec.Env), AccessToken: p.entry.Token,
 		DefaultUser: p.entry.DefaultUser, DefaultWorkdir: p.entry.DefaultWorkdir,
 		SandboxID: string(m.id), Hostname: p.entry.Hostname, Entropy: randomBytes(64),
-		NewMachineID: p.start != sandbox.StartResume,
+		NewMachineID: p.start != sandbox.StartResume, Unused: p.start == sandbox.StartWarm,
 	}
 	if p.from == nil {
 		return g.init(ctx, m.a.key, m.id, m.a.cfg.Now(), identity)

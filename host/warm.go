@@ -123,7 +123,7 @@ func (m *machine) keepWarm(ctx context.Context, g *guest, p plan, watch *stopwat
 	if p.warm == "" {
 		return nil
 	}
-	err := m.rehearse(ctx, g, p)
+	err := m.rehearse(ctx, p)
 	watch.lap("rehearse")
 	if err == nil {
 		err = m.tryKeepWarm(ctx, p, watch)
@@ -135,6 +135,9 @@ func (m *machine) keepWarm(ctx context.Context, g *guest, p plan, watch *stopwat
 	if err := m.vm.Thaw(ctx); err != nil {
 		return fmt.Errorf("let it run on: %w", err)
 	}
+	if err := g.thaw(ctx, m.a.key, m.id, m.a.cfg.Now()); err != nil {
+		return fmt.Errorf("let its processes run on: %w", err)
+	}
 	watch.lap("warm")
 	return nil
 }
@@ -143,16 +146,23 @@ func (m *machine) keepWarm(ctx context.Context, g *guest, p plan, watch *stopwat
 const rehearsalLimit = 10 * time.Second
 
 // rehearse has the guest do what each of its copies will do first: become somebody,
-// and run a command. So their pages are in the memory that is kept, and mapped.
-func (m *machine) rehearse(ctx context.Context, g *guest, p plan) error {
+// and run a command. So their pages are in the memory that is kept, and mapped. Its
+// processes, if there are any, stand still when it returns, as they do in a copy.
+//
+// Who it becomes nobody will ever be: the token is not kept.
+func (m *machine) rehearse(ctx context.Context, p plan) error {
 	if err := fault.Point(ctx, "host/warm/rehearse"); err != nil {
 		return err
 	}
+	token := hex.EncodeToString(randomBytes(32))
+	g := m.a.newGuest(m.network, token)
+	defer func() { _ = g.close() }() // nothing of it is open
 	_, err := g.identify(ctx, m.a.key, m.id, m.a.cfg.Now, guestapi.Init{
-		Rehearsal: true, Hostname: p.entry.Hostname, Entropy: randomBytes(64), NewMachineID: true,
+		Rehearsal: true, AccessToken: token, Hostname: string(sandbox.NewID()), Entropy: randomBytes(64), NewMachineID: true,
+		DefaultUser: p.entry.DefaultUser, DefaultWorkdir: p.entry.DefaultWorkdir,
 	})
-	if err != nil { // its processes may stand still, and this one has to run
-		return errors.Join(fmt.Errorf("rehearse its identity: %w", err), g.thaw(ctx, m.a.key, m.id, m.a.cfg.Now()))
+	if err != nil {
+		return fmt.Errorf("rehearse its identity: %w", err)
 	}
 	// An image need not have this one.
 	r, err := g.run(ctx, Command{Cmd: "/bin/true", User: p.entry.DefaultUser, Timeout: rehearsalLimit})
@@ -162,6 +172,10 @@ func (m *machine) rehearse(ctx context.Context, g *guest, p plan) error {
 	}
 	if err != nil {
 		m.a.log.Info("no command was rehearsed", "sandbox", m.id, "why", printable(err.Error()))
+	}
+	err = g.freeze(ctx, m.a.key, m.id, m.a.cfg.Now(), guestapi.Freeze{})
+	if err != nil && !sandbox.Is(err, sandbox.KindUnsupported) {
+		return fmt.Errorf("freeze it: %w", err)
 	}
 	return nil
 }

@@ -51,7 +51,9 @@ func (a *Agent) identify(ctx context.Context, init guestapi.Init, at hostTime) (
 		}
 		a.leavePast(init, &out)
 	}
-	a.era.end(ctx)
+	if !init.Rehearsal {
+		a.era.end(ctx)
+	}
 	if err := a.cfg.Identity.Apply(init, true); err != nil {
 		return out, err
 	}
@@ -88,7 +90,9 @@ func (a *Agent) leavePast(init guestapi.Init, out *guestapi.Identified) {
 	if init.NewMachineID {
 		warn("make a new machine ID", a.cfg.Machine.NewMachineID())
 	}
-	var err error
-	out.Dropped, err = a.cfg.Machine.EndPast()
-	warn("end connections of the past", err)
+	if !init.Unused {
+		var err error
+		out.Dropped, err = a.cfg.Machine.EndPast()
+		warn("end connections of the past", err)
+	}
 }

@@ -105,6 +105,18 @@ func TestAMachineThatNobodyHasHadYet(t *testing.T) {
 	}
 }
 
+// TestAMachineThatHasNoPast is not asked for the connections of one.
+func TestAMachineThatHasNoPast(t *testing.T) {
+	s := startSandboxed(t)
+	s.restore(t)
+	init := copied()
+	init.Unused = true
+	if got := s.identify(t, init); got.Dropped != 0 || !got.Frozen {
+		t.Errorf("%+v", got)
+	}
+	s.want(t, "clock", "entropy", "hostname", "machine ID", "hooks", "thaw")
+}
+
 // TestASandboxThatHasSlept keeps what the host does not say anything about.
 func TestASandboxThatHasSlept(t *testing.T) {
 	s := startSandboxed(t)
@@ -117,15 +129,26 @@ func TestASandboxThatHasSlept(t *testing.T) {
 	}
 }
 
-// TestARehearsalMakesNobodyOfIt: all is done but for the hooks, and it is who it was.
+// TestARehearsalMakesNobodyOfIt: all is done but for the hooks, calls go on, and it is
+// who it was.
 func TestARehearsalMakesNobodyOfIt(t *testing.T) {
 	s := startSandboxed(t)
 	init := copied()
+	command, err := s.Process.Start(t.Context(), connect.NewRequest(guesttest.Shell("sleep 2; echo on")))
+	if err != nil || !command.Receive() {
+		t.Fatal(err, command.Err())
+	}
 	s.identify(t, guestapi.Init{
 		Restored: true, Rehearsal: true, Timestamp: init.Timestamp, Entropy: init.Entropy, Hostname: "one", NewMachineID: true,
 	})
 	s.want(t, "freeze", "clock", "entropy", "hostname", "machine ID", "past", "thaw")
 	s.id = "one"
+	for command.Receive() { // for longer than a connection of the past would live
+		continue
+	}
+	if err := command.Err(); err != nil {
+		t.Errorf("a call under way: %v", err)
+	}
 	s.restore(t) // signed as the one that it was
 	if got := s.identify(t, init); !got.Frozen || len(got.Hooks) != 1 {
 		t.Errorf("%+v", got)

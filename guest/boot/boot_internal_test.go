@@ -46,6 +46,19 @@ func TestRewriteReplacesALink(t *testing.T) {
 	}
 }
 
+// TestRewriteLeavesNothingOfTheOld, whichever is longer.
+func TestRewriteLeavesNothingOfTheOld(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "hostname")
+	for _, want := range []string{"a-new-one\n", "another\n", "one-that-is-longer\n", "another-of-that-len\n", ""} {
+		if err := rewrite(path, want); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := os.ReadFile(path); err != nil || string(got) != want {
+			t.Errorf("%q, %v, want %q", got, err, want)
+		}
+	}
+}
+
 // TestFilesThatAreNone: the root of a guest may have put anything there.
 func TestFilesThatAreNone(t *testing.T) {
 	dir := t.TempDir()

@@ -32,8 +32,7 @@ func writeMachineID(paths []string) error {
 			continue
 		}
 		if err == nil {
-			_, err = f.WriteString(text)
-			err = errors.Join(err, f.Truncate(int64(len(text))), f.Close())
+			err = errors.Join(overwrite(f, text), f.Close())
 		}
 		errs = append(errs, err)
 	}

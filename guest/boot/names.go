@@ -78,7 +78,27 @@ func rewrite(path, content string) error {
 	if have, err := readFile(path); err == nil && have == content {
 		return nil
 	}
-	return os.WriteFile(path, []byte(content), 0o644)
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|unix.O_NONBLOCK, 0o644) // a pipe is not waited for
+	if err != nil {
+		return err
+	}
+	return errors.Join(overwrite(f, content), f.Close())
+}
+
+// overwrite gives a file this content. It does not empty it first: ext4 would write
+// it to the disk as soon as it is closed, and whoever closes it would wait for that.
+func overwrite(f *os.File, content string) error {
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if _, err := f.WriteString(content); err != nil {
+		return err
+	}
+	if info.Size() <= int64(len(content)) {
+		return nil
+	}
+	return f.Truncate(int64(len(content)))
 }
 
 // maxNames bounds a file of names, in bytes.

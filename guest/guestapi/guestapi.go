@@ -139,9 +139,12 @@ type Init struct {
 	// who it was before: the call can be made again.
 	Restored bool `json:"restored,omitempty"`
 	// Rehearsal says with Restored that this machine was only booted, and will be kept
-	// to be copied: all of the call is done but for the image's hooks, so that a copy
-	// finds in memory what it needs for its own.
+	// to be copied: all of the call is done but for the image's hooks and the end of
+	// calls, so that a copy finds in memory what it needs for its own.
 	Rehearsal bool `json:"rehearsal,omitempty"`
+	// Unused says with Restored that nobody has had this machine before: it has no
+	// connections that lead to a past.
+	Unused bool `json:"unused,omitempty"`
 	// NewMachineID replaces /etc/machine-id, where the image has that file. A copy
 	// wants it; a sandbox that has only slept does not.
 	NewMachineID bool `json:"newMachineID,omitempty"`
