@@ -83,7 +83,7 @@ func (a *Agent) assemble(ctx context.Context, p plan, watch *stopwatch) (left *m
 	if err := m.runVM(ctx, p, g, watch); err != nil {
 		return nil, nil, err
 	}
-	if err := m.keepWarm(ctx, g, p, watch); err != nil {
+	if err := m.keepWarm(ctx, p, watch); err != nil {
 		return nil, nil, fmt.Errorf("keep warm: %w", err)
 	}
 	if err := m.introduce(ctx, g, p); err != nil {

@@ -119,7 +119,7 @@ func (a *Agent) warm(name string) (*point, func(), error) {
 
 // keepWarm keeps a machine that has booted and knows nothing yet. That it could
 // not is no reason to fail the create.
-func (m *machine) keepWarm(ctx context.Context, g *guest, p plan, watch *stopwatch) error {
+func (m *machine) keepWarm(ctx context.Context, p plan, watch *stopwatch) error {
 	if p.warm == "" {
 		return nil
 	}
@@ -135,9 +135,6 @@ func (m *machine) keepWarm(ctx context.Context, g *guest, p plan, watch *stopwat
 	if err := m.vm.Thaw(ctx); err != nil {
 		return fmt.Errorf("let it run on: %w", err)
 	}
-	if err := g.thaw(ctx, m.a.key, m.id, m.a.cfg.Now()); err != nil {
-		return fmt.Errorf("let its processes run on: %w", err)
-	}
 	watch.lap("warm")
 	return nil
 }
@@ -146,10 +143,7 @@ func (m *machine) keepWarm(ctx context.Context, g *guest, p plan, watch *stopwat
 const rehearsalLimit = 10 * time.Second
 
 // rehearse has the guest do what each of its copies will do first: become somebody,
-// and run a command. So their pages are in the memory that is kept, and mapped. Its
-// processes, if there are any, stand still when it returns, as they do in a copy.
-//
-// Who it becomes nobody will ever be: the token is not kept.
+// and run a command. So their pages are in the memory that is kept, and mapped. Who it becomes nobody will ever be: the token is not kept.
 func (m *machine) rehearse(ctx context.Context, p plan) error {
 	if err := fault.Point(ctx, "host/warm/rehearse"); err != nil {
 		return err
@@ -161,8 +155,8 @@ func (m *machine) rehearse(ctx context.Context, p plan) error {
 		Rehearsal: true, AccessToken: token, Hostname: string(sandbox.NewID()), Entropy: randomBytes(64), NewMachineID: true,
 		DefaultUser: p.entry.DefaultUser, DefaultWorkdir: p.entry.DefaultWorkdir,
 	})
-	if err != nil {
-		return fmt.Errorf("rehearse its identity: %w", err)
+	if err != nil { // its processes may stand still, and this one has to run
+		return errors.Join(fmt.Errorf("rehearse its identity: %w", err), g.thaw(ctx, m.a.key, m.id, m.a.cfg.Now()))
 	}
 	// An image need not have this one.
 	r, err := g.run(ctx, Command{Cmd: "/bin/true", User: p.entry.DefaultUser, Timeout: rehearsalLimit})
@@ -172,10 +166,6 @@ func (m *machine) rehearse(ctx context.Context, p plan) error {
 	}
 	if err != nil {
 		m.a.log.Info("no command was rehearsed", "sandbox", m.id, "why", printable(err.Error()))
-	}
-	err = g.freeze(ctx, m.a.key, m.id, m.a.cfg.Now(), guestapi.Freeze{})
-	if err != nil && !sandbox.Is(err, sandbox.KindUnsupported) {
-		return fmt.Errorf("freeze it: %w", err)
 	}
 	return nil
 }

@@ -20,6 +20,7 @@ type machine struct {
 	life     string
 	steps    []string
 	frozen   bool
+	idle     bool
 	hooked   identity.Identity
 	fail     map[string]error
 }
@@ -83,6 +84,12 @@ func (m *machine) Thaw() error {
 	err := m.step("thaw")
 	m.frozen = m.frozen && err != nil
 	return err
+}
+
+func (m *machine) Idle() (bool, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.idle, m.fail["idle"]
 }
 
 func (m *machine) hooks(_ context.Context, id identity.Identity) []guestapi.Hook {

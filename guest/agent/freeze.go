@@ -15,6 +15,8 @@ import (
 type Freezer interface {
 	Freeze(context.Context) error
 	Thaw() error
+	// Idle says that there is none.
+	Idle() (bool, error)
 }
 
 // stillness is whether user processes stand still, and since which life of the

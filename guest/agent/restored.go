@@ -41,15 +41,18 @@ func (a *Agent) identify(ctx context.Context, init guestapi.Init, at hostTime) (
 		return guestapi.Identified{}, err
 	}
 	defer a.still.give()
-	out := guestapi.Identified{Frozen: a.still.holds}
-	if err := a.freezeLate(ctx); err != nil {
-		return out, err
+	alone := init.Unused && a.alone()
+	out := guestapi.Identified{Frozen: a.still.holds || alone}
+	if !alone {
+		if err := a.freezeLate(ctx); err != nil {
+			return out, err
+		}
 	}
 	if a.cfg.Machine != nil {
 		if err := a.applyMachine(init, at.now()); err != nil {
 			return out, err
 		}
-		a.leavePast(init, &out)
+		a.leavePast(init, alone, &out)
 	}
 	if !init.Rehearsal {
 		a.era.end(ctx)
@@ -60,11 +63,23 @@ func (a *Agent) identify(ctx context.Context, init guestapi.Init, at hostTime) (
 	if a.cfg.Hooks != nil && !init.Rehearsal { // who this is stands by now: nothing of it depends on the caller any more
 		out.Hooks = a.cfg.Hooks(context.WithoutCancel(ctx), a.cfg.Identity.Get())
 	}
-	if err := a.thawLocked(); err != nil {
-		return out, err
+	if !alone {
+		if err := a.thawLocked(); err != nil {
+			return out, err
+		}
 	}
 	out.Clock = time.Now().UTC().Format(time.RFC3339Nano)
 	return out, nil
+}
+
+// alone says that nothing runs in the machine but the agent: nobody has to stand
+// still, and nobody has a connection. One that does not know is not.
+func (a *Agent) alone() bool {
+	if a.still.holds || a.cfg.Freezer == nil {
+		return false
+	}
+	idle, err := a.cfg.Freezer.Idle()
+	return err == nil && idle
 }
 
 // freezeLate freezes what should have been frozen when the machine was saved, as
@@ -81,7 +96,7 @@ func (a *Agent) freezeLate(ctx context.Context) error {
 }
 
 // leavePast does what an image or a kernel may not be able to.
-func (a *Agent) leavePast(init guestapi.Init, out *guestapi.Identified) {
+func (a *Agent) leavePast(init guestapi.Init, alone bool, out *guestapi.Identified) {
 	warn := func(what string, err error) {
 		if err != nil {
 			out.Warnings = append(out.Warnings, fmt.Sprintf("%s: %s", what, strings.ReplaceAll(err.Error(), "\n", "; ")))
@@ -90,7 +105,7 @@ func (a *Agent) leavePast(init guestapi.Init, out *guestapi.Identified) {
 	if init.NewMachineID {
 		warn("make a new machine ID", a.cfg.Machine.NewMachineID())
 	}
-	if !init.Unused {
+	if !alone {
 		var err error
 		out.Dropped, err = a.cfg.Machine.EndPast()
 		warn("end connections of the past", err)

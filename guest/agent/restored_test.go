@@ -105,16 +105,33 @@ func TestAMachineThatNobodyHasHadYet(t *testing.T) {
 	}
 }
 
-// TestAMachineThatHasNoPast is not asked for the connections of one.
+// TestAMachineThatHasNoPast, and in which nothing runs, is not frozen, and not asked
+// for connections. Where something does run, or that is not known, it is.
 func TestAMachineThatHasNoPast(t *testing.T) {
-	s := startSandboxed(t)
-	s.restore(t)
-	init := copied()
-	init.Unused = true
-	if got := s.identify(t, init); got.Dropped != 0 || !got.Frozen {
-		t.Errorf("%+v", got)
+	all := []string{"freeze", "clock", "entropy", "hostname", "machine ID", "past", "hooks", "thaw"}
+	for _, tt := range []struct {
+		what         string
+		unused, idle bool
+		fail         map[string]error
+		frozen       bool
+		want         []string
+	}{
+		{"nothing runs", true, true, nil, true, []string{"clock", "entropy", "hostname", "machine ID", "hooks"}},
+		{"something runs", true, false, nil, false, all},
+		{"nobody knows", true, true, map[string]error{"idle": errors.New("no cgroups")}, false, all},
+		{"it was used", false, true, nil, false, all},
+	} {
+		t.Run(tt.what, func(t *testing.T) {
+			s := startSandboxed(t)
+			s.set(func() { s.life, s.idle, s.fail = "second", tt.idle, tt.fail })
+			init := copied()
+			init.Unused = tt.unused
+			if got := s.identify(t, init); got.Frozen != tt.frozen {
+				t.Errorf("%+v", got)
+			}
+			s.want(t, tt.want...)
+		})
 	}
-	s.want(t, "clock", "entropy", "hostname", "machine ID", "hooks", "thaw")
 }
 
 // TestASandboxThatHasSlept keeps what the host does not say anything about.

@@ -75,12 +75,13 @@ func rewrite(path, content string) error {
 			return err
 		}
 	}
-	if have, err := readFile(path); err == nil && have == content {
-		return nil
-	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|unix.O_NONBLOCK, 0o644) // a pipe is not waited for
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NONBLOCK, 0o644) // a pipe is not waited for
 	if err != nil {
 		return err
+	}
+	have := make([]byte, len(content)+1)
+	if n, err := f.ReadAt(have, 0); errors.Is(err, io.EOF) && string(have[:n]) == content {
+		return f.Close()
 	}
 	return errors.Join(overwrite(f, content), f.Close())
 }
@@ -92,7 +93,7 @@ func overwrite(f *os.File, content string) error {
 	if err != nil {
 		return err
 	}
-	if _, err := f.WriteString(content); err != nil {
+	if _, err := f.WriteAt([]byte(content), 0); err != nil {
 		return err
 	}
 	if info.Size() <= int64(len(content)) {

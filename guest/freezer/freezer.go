@@ -59,6 +59,21 @@ func (f *Freezer) Thaw() error {
 	return errors.Join(errs...)
 }
 
+// Idle says that there is no process to freeze.
+func (f *Freezer) Idle() (bool, error) {
+	groups, err := f.groups()
+	for _, g := range groups {
+		events, err := os.ReadFile(filepath.Join(g, "cgroup.events"))
+		if gone(err) && missing(g) {
+			continue
+		}
+		if err != nil || !says(string(events), "populated 0") {
+			return false, err
+		}
+	}
+	return err == nil, err
+}
+
 func (f *Freezer) groups() ([]string, error) {
 	entries, err := os.ReadDir(f.root)
 	if err != nil {
@@ -139,7 +154,7 @@ func await(ctx context.Context, group string) error {
 			return nil
 		case err != nil && !errors.Is(err, unix.EINTR):
 			return err
-		case err == nil && isFrozen(string(buf[:n])):
+		case err == nil && says(string(buf[:n]), "frozen 1"):
 			return nil
 		case ctx.Err() != nil:
 			return ctx.Err()
@@ -151,10 +166,10 @@ func await(ctx context.Context, group string) error {
 	}
 }
 
-// isFrozen reads cgroup.events.
-func isFrozen(events string) bool {
+// says looks for a line of cgroup.events.
+func says(events, want string) bool {
 	for line := range strings.Lines(events) {
-		if strings.TrimSpace(line) == "frozen 1" {
+		if strings.TrimSpace(line) == want {
 			return true
 		}
 	}

@@ -201,6 +201,33 @@ func TestACancelledFreezeLetsThemGoOn(t *testing.T) {
 	goesOn(t, count)
 }
 
+// TestIdleIsWhereNothingIsToFreeze: the spared are not asked, and what runs further
+// down counts.
+func TestIdleIsWhereNothingIsToFreeze(t *testing.T) {
+	root := testkit.Cgroup(t)
+	start(t, group(t, root, "agent"), "exec sleep 300")
+	user := group(t, root, "user")
+	run := group(t, user, "run-1")
+	f := freezer.New(root, "agent")
+	if idle, err := f.Idle(); err != nil || !idle {
+		t.Errorf("with empty cgroups: %v, %v", idle, err)
+	}
+	cmd := start(t, run, "exec sleep 300")
+	if idle, err := f.Idle(); err != nil || idle {
+		t.Errorf("with a process: %v, %v", idle, err)
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait() // killed
+	if idle, err := f.Idle(); err != nil || !idle {
+		t.Errorf("when it has ended: %v, %v", idle, err)
+	}
+	if idle, err := freezer.New(filepath.Join(root, "none")).Idle(); err == nil || idle {
+		t.Errorf("where there is no cgroup: %v, %v", idle, err)
+	}
+}
+
 func TestACgroupThatIsNoneIsAnError(t *testing.T) {
 	dir := t.TempDir()
 	if err := freezer.New(filepath.Join(dir, "missing")).Freeze(t.Context()); err == nil {

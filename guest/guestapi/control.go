@@ -44,8 +44,8 @@ type Thaw struct {
 
 // Identified is the answer to an Init with Restored.
 type Identified struct {
-	// Frozen says that user processes stood still when the call came. Otherwise
-	// some may have run as a copy that did not know that it is one.
+	// Frozen says that user processes stood still when the call came, or that there
+	// were none. Otherwise some may have run as a copy that did not know that it is one.
 	Frozen bool `json:"frozen"`
 	// Clock is the guest's, after it was set; RFC 3339.
 	Clock string `json:"clock"`

@@ -142,8 +142,8 @@ type Init struct {
 	// to be copied: all of the call is done but for the image's hooks and the end of
 	// calls, so that a copy finds in memory what it needs for its own.
 	Rehearsal bool `json:"rehearsal,omitempty"`
-	// Unused says with Restored that nobody has had this machine before: it has no
-	// connections that lead to a past.
+	// Unused says with Restored that nobody has had this machine before: if nothing
+	// runs in it either, nothing is frozen, and no connection leads to a past.
 	Unused bool `json:"unused,omitempty"`
 	// NewMachineID replaces /etc/machine-id, where the image has that file. A copy
 	// wants it; a sandbox that has only slept does not.

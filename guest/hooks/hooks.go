@@ -60,6 +60,9 @@ func (r *Runner) Run(ctx context.Context, id identity.Identity) []guestapi.Hook 
 	if err != nil {
 		return []guestapi.Hook{{Name: filepath.Base(r.Dir), Error: err.Error()}}
 	}
+	if len(names) == 0 {
+		return nil
+	}
 	ctx, cancel := context.WithTimeout(ctx, r.Total)
 	defer cancel()
 	env := r.environment(id)
