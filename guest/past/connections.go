@@ -22,6 +22,9 @@ import (
 //
 // It needs the kernel's tcp_diag (with CONFIG_INET_DIAG_DESTROY, Linux 4.5).
 func EndConnections(spare uint16) (int, error) {
+	if noneLeads(spare) {
+		return 0, nil
+	}
 	ours := sync.OnceValues(ownAddresses) // few machines have anything that leads anywhere
 	ended := 0
 	var errs []error
@@ -83,10 +86,13 @@ const (
 	listens  = 10
 )
 
+// over says that a socket in this state is no connection, or no process's any more.
+func over(state uint8) bool { return state == timeWait || state == closed || state == listens }
+
 // leads says that a socket is one end of a connection to another address. One in
 // TIME_WAIT is no process's any more, and cannot be aborted.
 func leads(s *netlink.Socket, spare uint16) bool {
-	if s.State == timeWait || s.State == closed || s.State == listens || s.ID.SourcePort == spare {
+	if over(s.State) || s.ID.SourcePort == spare {
 		return false
 	}
 	to := destination(s)

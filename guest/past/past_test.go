@@ -210,6 +210,41 @@ func TestConnectionsToOthersEndAndNothingElseDoes(t *testing.T) {
 	})
 }
 
+// TestOneConnectionIsEnough, of whatever kind: the quick look does not miss it.
+func TestOneConnectionIsEnough(t *testing.T) {
+	for what, open := range map[string]func(w *world){
+		"to a peer":         func(*world) { dial(t, peer4+":80") },
+		"to a peer by IPv6": func(*world) { dial(t, "["+peer6+"]:80") },
+		"from a peer to one who listens for both": func(w *world) {
+			local := listen(t, ":8080")
+			check(t, w.atPeer(func() error { dial(t, machine4+":8080"); return nil }))
+			<-local
+		},
+		"one that waits for an answer": func(w *world) {
+			go func() { _ = waits(w) }() // it is ended
+			testkit.Eventually(t, 20*time.Second, "in want of an answer", func() bool { return connecting(t) == 1 })
+		},
+	} {
+		t.Run(what, func(t *testing.T) {
+			within(t, func(w *world) {
+				check(t, w.atPeer(func() error { listen(t, peer4+":80"); listen(t, "["+peer6+"]:80"); return nil }))
+				agent := listen(t, fmt.Sprintf(":%d", agentPort))
+				check(t, w.atPeer(func() error { dial(t, fmt.Sprintf("%s:%d", machine4, agentPort)); return nil }))
+				<-agent
+				dial(t, fmt.Sprintf("127.0.0.1:%d", agentPort))
+				<-agent
+				if dropped, err := past.EndConnections(agentPort); err != nil || dropped != 0 {
+					t.Errorf("before: %d ended, %v", dropped, err)
+				}
+				open(w)
+				if dropped, err := past.EndConnections(agentPort); err != nil || dropped != 1 {
+					t.Errorf("%d ended, %v", dropped, err)
+				}
+			})
+		})
+	}
+}
+
 // waits connects to an address where nobody answers, not even that it is nobody's.
 func waits(w *world) error {
 	runtime.LockOSThread() // for good: the thread is thrown away
