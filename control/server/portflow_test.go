@@ -180,7 +180,7 @@ func TestPortCarriesMuch(t *testing.T) {
 // and when he goes away everything of his goes.
 func TestPortHoldsBack(t *testing.T) {
 	const most = 48 << 20 // buffers of sockets and windows of streams
-	p := newPorts(t, func(c *server.Config) { c.PortAnswer = 3 * time.Second })
+	p := newPorts(t, func(c *server.Config) { c.PortAnswer = 10 * time.Second })
 	id := p.create()
 	var sent atomic.Int64
 	gone, over := make(chan struct{}, 2), make(chan struct{})
@@ -247,7 +247,7 @@ func (c *counting) Read(p []byte) (int, error) {
 
 // TestPortConnectionsAreReused, and not kept for long.
 func TestPortConnectionsAreReused(t *testing.T) {
-	p := newPorts(t, func(c *server.Config) { c.PortIdle = 200 * time.Millisecond })
+	p := newPorts(t, func(c *server.Config) { c.PortIdle = 3 * time.Second })
 	id := p.create()
 	p.serve(8000, func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "x") })
 	for range 5 {
@@ -267,8 +267,9 @@ func TestPortConnectionsAreReused(t *testing.T) {
 // TestPortHostileGuests: whatever a guest answers, the server lives, keeps little,
 // and passes no line of it off as its own.
 func TestPortHostileGuests(t *testing.T) {
-	p := newPorts(t, func(c *server.Config) { c.PortAnswer = time.Second })
+	p := newPorts(t)
 	id := p.create()
+	hasty := newPorts(t, func(c *server.Config) { c.PortAnswer = time.Second })
 	endless := func(c net.Conn, piece string) {
 		for n := 0; n < 64<<20; n += len(piece) {
 			if _, err := io.WriteString(c, piece); err != nil {
@@ -314,7 +315,10 @@ func TestPortHostileGuests(t *testing.T) {
 		{"a status that is none", func(c net.Conn) { _, _ = io.WriteString(c, "HTTP/1.1 42 Odd\r\nContent-Length: 0\r\n\r\n") }, 502},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			port := 9000 + i
+			p, id, port := p, id, 9000+i
+			if tt.status == 504 { // the others answer in the time that they need
+				p, id = hasty, hasty.create()
+			}
 			p.raw(port, func(c net.Conn) {
 				buf := make([]byte, 4<<10)
 				if _, err := c.Read(buf); err == nil {

@@ -543,9 +543,11 @@ func TestPortAnswerIsConfined(t *testing.T) {
 
 // TestPortSaysWhatIsWrong: errors are the API's own, with the port in them.
 func TestPortSaysWhatIsWrong(t *testing.T) {
-	p := newPorts(t, func(c *server.Config) { c.PortAnswer = 300 * time.Millisecond })
+	hasty := newPorts(t, func(c *server.Config) { c.PortAnswer = 300 * time.Millisecond })
+	mute := hasty.create()
+	hasty.serve(8001, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
+	p := newPorts(t) // with time for those that do answer
 	id := p.create()
-	p.serve(8001, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
 	p.raw(8002, func(c net.Conn) {
 		_, _ = bufio.NewReader(c).ReadString('\n')
 		_, _ = io.WriteString(c, "I speak no HTTP\r\n\r\n")
@@ -561,9 +563,9 @@ func TestPortSaysWhatIsWrong(t *testing.T) {
 		status int
 		says   string
 	}{
+		{hasty.path(mute, 8001, "/"), 504, "port 8001 of sandbox " + mute + " has not answered within 300ms"},
 		{p.path(id, 8000, "/"), 502, "nothing listens on port 8000 of sandbox " + id},
 		{named(id, 8000, "/"), 502, "nothing listens on port 8000 of sandbox " + id},
-		{p.path(id, 8001, "/"), 504, "port 8001 of sandbox " + id + " has not answered within 300ms"},
 		{p.path(id, 8002, "/"), 502, "port 8002 of sandbox " + id + ": malformed HTTP"},
 		{p.path(id, 8003, "/"), 502, "port 8003 of sandbox " + id},
 		{p.path(id, 8004, "/"), 502, "port 8004 of sandbox " + id},
@@ -582,7 +584,11 @@ func TestPortSaysWhatIsWrong(t *testing.T) {
 		{p.path(id, 49983, "//thaw/."), 404, "guest agent"},
 		{p.path(id, 49983, "/./poweroff"), 404, "guest agent"},
 	} {
-		got := p.ask(p.request("GET", tt.at, nil))
+		from := p
+		if strings.HasPrefix(tt.at, hasty.http.URL+"/") {
+			from = hasty
+		}
+		got := from.ask(from.request("GET", tt.at, nil))
 		if got.StatusCode != tt.status || !strings.Contains(got.text, `"error"`) || !strings.Contains(got.text, tt.says) ||
 			got.Header.Get("Content-Type") != "application/json" || got.Header.Get("Cache-Control") != "no-store" || got.Header.Get("X-Request-Id") == "" {
 			t.Errorf("%s: %s %s", tt.at, got.Status, got.text)

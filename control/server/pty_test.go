@@ -328,7 +328,11 @@ func TestSilentTerminalIsKeptAlive(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := r.firstAnswer(c, api.StreamMessage{Type: api.StreamStart, Exec: &api.Exec{Shell: "sleep"}}); got.Type != api.StreamStarted {
+	got := r.firstAnswer(c, api.StreamMessage{Type: api.StreamStart, Exec: &api.Exec{Shell: "sleep"}})
+	for got.Type == api.StreamKeepAlive { // it takes the server a while to start it
+		got = r.firstAnswer(c)
+	}
+	if got.Type != api.StreamStarted {
 		t.Fatalf("answer %+v", got)
 	}
 	if _, b, err := c.Read(r.ctx()); err != nil || string(b) != `{"type":"keepalive"}` {
