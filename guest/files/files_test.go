@@ -365,7 +365,7 @@ func TestAFullDisk(t *testing.T) {
 		testkit.Require(t, "mount", false, err.Error())
 	}
 	defer func() {
-		if err := syscall.Unmount(small, 0); err != nil {
+		if err := testkit.Unmount(small); err != nil {
 			t.Error(err)
 		}
 	}()

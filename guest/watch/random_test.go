@@ -98,6 +98,7 @@ func TestTheEventsAddUp(t *testing.T) {
 			}
 			events = append(events, collect(t, w, root)...)
 		}
+		must(t, w.Close()) // a user may have few instances of inotify
 		m := model{}
 		for _, event := range events {
 			m.take(event)
