@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -15,6 +16,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/dormouse-sandbox/dormouse/guest/exec"
 	processv1 "github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/process"
 	"github.com/dormouse-sandbox/dormouse/guest/guesttest"
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
@@ -218,25 +220,38 @@ func TestConnectAfterTheEnd(t *testing.T) {
 
 func TestKeepalive(t *testing.T) {
 	g := guesttest.Start(t, guesttest.Options{})
-	req := connect.NewRequest(guesttest.Shell("sleep 1.5"))
+	req := connect.NewRequest(guesttest.Shell("read x"))
 	req.Header().Set("Keepalive-Ping-Interval", "1")
+	began := time.Now()
 	stream, err := g.Process.Start(t.Context(), req)
 	if err != nil {
 		t.Fatal(err)
 	}
-	pings := 0
+	pings, pid := 0, uint32(0)
 	for stream.Receive() {
-		if stream.Msg().GetEvent().GetKeepalive() != nil {
-			pings++
+		event := stream.Msg().GetEvent()
+		pid = max(pid, event.GetStart().GetPid())
+		if event.GetKeepalive() == nil {
+			continue
+		}
+		pings++
+		if took := int(time.Since(began) / time.Second); pings > took {
+			t.Errorf("%d keepalives within %d seconds", pings, took)
+		}
+		if pings == 1 {
+			if _, err := g.Process.CloseStdin(t.Context(), connect.NewRequest(&processv1.CloseStdinRequest{Process: byPID(pid)})); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
-	if stream.Err() != nil || pings != 1 {
+	if stream.Err() != nil || pings == 0 {
 		t.Errorf("%d keepalives, %v", pings, stream.Err())
 	}
 }
 
 // TestManyShortCommandsLoseNothing starts one after the other, and asks of the
-// first and the last how they ended: each is kept for its retention.
+// first and the last how they ended: each is kept for its retention. Where all of them
+// take longer than half of that, the first is one that is younger.
 func TestManyShortCommandsLoseNothing(t *testing.T) {
 	g := guesttest.Start(t, guesttest.Options{})
 	for _, kind := range []struct {
@@ -247,6 +262,7 @@ func TestManyShortCommandsLoseNothing(t *testing.T) {
 		t.Run(kind.name, func(t *testing.T) {
 			done := g.Watch(t, 4<<20)
 			var pids []uint32
+			var ends []time.Time
 			for i := range kind.n {
 				req := guesttest.Shell(fmt.Sprintf("echo %d; exit %d", i, i%200))
 				req.Pty = kind.pty
@@ -255,9 +271,10 @@ func TestManyShortCommandsLoseNothing(t *testing.T) {
 				if out != strconv.Itoa(i) || res.End.GetExitCode() != int32(i%200) {
 					t.Fatalf("run %d gave %q, %v", i, out, res.End)
 				}
-				pids = append(pids, res.PID)
+				pids, ends = append(pids, res.PID), append(ends, time.Now())
 			}
-			for _, i := range []int{0, kind.n - 1} {
+			first := slices.IndexFunc(ends, func(end time.Time) bool { return time.Since(end) < exec.Retention/2 })
+			for _, i := range []int{first, kind.n - 1} {
 				stream := connectTo(t, g, pids[i])
 				if !stream.Receive() || stream.Msg().GetEvent().GetEnd().GetExitCode() != int32(i%200) {
 					t.Errorf("end of run %d: %v, %v", i, stream.Msg(), stream.Err())
