@@ -39,6 +39,9 @@ const (
 	quiet = 100 * time.Millisecond
 	// dying is how long a hook may take to go once it is killed.
 	dying = time.Second
+	// leaving is how long what was killed may take to leave its cgroup: on a busy machine
+	// it waits for a processor first.
+	leaving = 3 * time.Second
 )
 
 // Runner runs the hooks of one machine.

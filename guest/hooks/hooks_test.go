@@ -161,11 +161,11 @@ func gone(pid int) bool {
 
 func TestHooksTogetherHaveALimit(t *testing.T) {
 	r := runner(t)
-	r.Total = 200 * time.Millisecond
+	r.Total = 3 * time.Second // for the first to begin
 	hook(t, r, "10", "exec sleep 300")
 	hook(t, r, "20", "echo never")
 	got := run(t, r)
-	if len(got) != 2 || !strings.HasPrefix(got[0].Error, "killed after ") || got[1].Error != "not run: the hooks before it have taken 200ms" {
+	if len(got) != 2 || !strings.HasPrefix(got[0].Error, "killed after ") || got[1].Error != "not run: the hooks before it have taken 3s" {
 		t.Errorf("%+v", got)
 	}
 }

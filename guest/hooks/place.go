@@ -42,10 +42,7 @@ func (p *place) close() {
 		return
 	}
 	_ = p.dir.Close() // a directory
-	for range 20 {
-		if os.Remove(p.path) == nil {
-			return
-		}
+	for deadline := time.Now().Add(leaving); os.Remove(p.path) != nil && time.Now().Before(deadline); {
 		time.Sleep(5 * time.Millisecond)
 	}
 }
