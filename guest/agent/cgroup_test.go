@@ -9,6 +9,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/dormouse-sandbox/dormouse/guest/agent"
 	"github.com/dormouse-sandbox/dormouse/guest/freezer"
 	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
 	"github.com/dormouse-sandbox/dormouse/guest/guesttest"
@@ -17,6 +18,7 @@ import (
 
 // TestRealCommandsStandStill: in real cgroups, with nothing faked but the machine.
 func TestRealCommandsStandStill(t *testing.T) {
+	agent.SetPastGrace(t, 5*time.Second) // the stream of the past is to say why it ends
 	root := testkit.Cgroup(t)
 	user := filepath.Join(root, "user")
 	if err := os.Mkdir(user, 0o755); err != nil {

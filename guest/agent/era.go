@@ -16,8 +16,8 @@ var errPast = connect.NewError(connect.CodeUnavailable,
 	errors.New("the sandbox went on from a snapshot: this call belongs to the time before it"))
 
 // pastGrace is how long a call of the past may take to tell its client that it
-// ends, should there still be one.
-const pastGrace = time.Second
+// ends, should there still be one. Tests have more.
+var pastGrace = time.Second
 
 // era knows the calls and the connections since the machine was told who it is.
 type era struct {

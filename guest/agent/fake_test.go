@@ -23,6 +23,7 @@ type machine struct {
 	idle     bool
 	hooked   identity.Identity
 	fail     map[string]error
+	onFreeze func() // called with mu held
 }
 
 // step notes a step and says what is to become of it.
@@ -75,6 +76,9 @@ func (m *machine) Freeze(ctx context.Context) error {
 	defer m.mu.Unlock()
 	err := m.step("freeze")
 	m.frozen = err == nil
+	if m.onFreeze != nil {
+		m.onFreeze()
+	}
 	return err
 }
 

@@ -247,8 +247,8 @@ func TestACopyIsNotThawedByTheLimit(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := startSandboxed(t)
+			s.set(func() { s.onFreeze = func() { change(s.machine) } }) // the limit runs from then on
 			s.call(t, guestapi.PathFreeze, guestapi.Freeze{ThawAfterMs: 100}, 204)
-			s.set(func() { change(s.machine) })
 			testkit.Eventually(t, 20*time.Second, "at its limit", func() bool { return s.log.has("stay frozen") })
 			if !s.isFrozen() {
 				t.Error("its processes run")

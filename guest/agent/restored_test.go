@@ -17,6 +17,7 @@ import (
 	"connectrpc.com/connect"
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/dormouse-sandbox/dormouse/guest/agent"
 	"github.com/dormouse-sandbox/dormouse/guest/guestapi"
 	filesystemv1 "github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/filesystem"
 	"github.com/dormouse-sandbox/dormouse/guest/guestapi/gen/process/processconnect"
@@ -293,6 +294,7 @@ func TestAnAgentWithoutAHostTakesNobodyForACopy(t *testing.T) {
 }
 
 func TestCallsOfThePastEndAndSayWhy(t *testing.T) {
+	agent.SetPastGrace(t, 5*time.Second) // what they say is to arrive
 	s := startSandboxed(t)
 	wantPast := func(what string, err error) {
 		t.Helper()
