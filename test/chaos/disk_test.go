@@ -38,7 +38,9 @@ func smallDisk(t *testing.T, s *rig.Server, size int64) string {
 	run(t, "mount", "-o", "loop", image, dir)
 	t.Cleanup(func() {
 		s.Down()
-		run(t, "umount", dir)
+		if err := testkit.Unmount(dir); err != nil {
+			t.Error(err)
+		}
 	})
 	return dir
 }

@@ -36,6 +36,19 @@ func pagerOf(t *testing.T, s *rig.Server) int {
 	return 0
 }
 
+// killPager kills it, and gives its PID.
+func killPager(t *testing.T, s *rig.Server) int {
+	t.Helper()
+	pid := pagerOf(t, s)
+	if pid == 0 { // to kill that would be to kill ourselves
+		t.Fatal("there is no page server")
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	return pid
+}
+
 // soon bounds one call.
 func soon(t *testing.T) context.Context {
 	t.Helper()
@@ -63,15 +76,9 @@ func TestKillPagerAndServer(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	killPager := func() {
+	replacePager := func() {
 		t.Helper()
-		before := pagerOf(t, s)
-		if before == 0 {
-			t.Fatal("there is no page server")
-		}
-		if err := syscall.Kill(before, syscall.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
+		before := killPager(t, s)
 		testkit.Eventually(t, time.Minute, "another page server", func() bool { now := pagerOf(t, s); return now != 0 && now != before })
 	}
 	whole := func() {
@@ -82,15 +89,13 @@ func TestKillPagerAndServer(t *testing.T) {
 	}
 	pause()
 	resume()
-	killPager()
+	replacePager()
 	whole()
-	killPager()
+	replacePager()
 	whole()
 
 	s.Kill()
-	if err := syscall.Kill(pagerOf(t, s), syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
+	killPager(t, s)
 	// What is in the host's page cache would be read without anybody.
 	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
 		t.Fatal(err)
@@ -100,9 +105,7 @@ func TestKillPagerAndServer(t *testing.T) {
 
 	pause()
 	s.Kill()
-	if err := syscall.Kill(pagerOf(t, s), syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
+	killPager(t, s)
 	s.Up()
 	if sb := all(t, s)[id]; sb.State != "paused" {
 		t.Errorf("after both were killed it is %s", sb.State)

@@ -30,7 +30,7 @@ func SmallDisk(t *testing.T, size int) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
+		if err := testkit.Unmount(dir); err != nil {
 			t.Error(err)
 		}
 	})
