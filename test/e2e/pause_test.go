@@ -17,7 +17,7 @@ func TestPauseSnapshotFork(t *testing.T) {
 	w := shared(t)
 	s := w.create(small())
 	w.sh(s.ID, "head -c 2000000 /dev/urandom > big; sha256sum big > sum; echo one > past")
-	w.sh(s.ID, "nohup sh -c 'echo started >> /tmp/life; while sleep 0.2; do date +%s.%N > /tmp/now; done' > /dev/null 2>&1 &")
+	w.sh(s.ID, "nohup sh -c 'echo started >> /tmp/life; while sleep 0.2; do date +%s.%N > /tmp/now; done' > /dev/null 2>&1 & until [ -s /tmp/life ]; do sleep 0.1; done")
 	before := len(w.VMs())
 
 	paused, err := w.Client.Pause(within(t, 2*time.Minute), s.ID)
