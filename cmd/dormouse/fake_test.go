@@ -135,11 +135,15 @@ func refuse(w http.ResponseWriter, kind sandbox.Kind, message string) {
 	writeJSON(w, api.Error{Error: api.ErrorDetail{Code: string(kind), Message: message}})
 }
 
+// slack is what is added to a limit: on a slow machine it is shown a while after it
+// was set, and seconds says how to compare that.
+const slack = 30 * time.Second
+
 // add puts a running sandbox there.
 func (f *fakeServer) add(id string) *api.Sandbox {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	deadline := time.Now().Add(5*time.Minute + 500*time.Millisecond)
+	deadline := time.Now().Add(5*time.Minute + slack)
 	b := &api.Sandbox{
 		ID: id, State: "running", Template: "base", VCPUs: 1, MemMiB: 512, DiskMiB: 4096,
 		CreatedAt: time.Now().Add(-90 * time.Second), Deadline: &deadline, Network: api.Network{Internet: true},
@@ -257,7 +261,7 @@ func (f *fakeServer) timeout(w http.ResponseWriter, r *http.Request, b *api.Sand
 		refuse(w, sandbox.KindInvalid, "timeout must be at least 1s")
 		return
 	}
-	deadline := time.Now().Add(time.Duration(req.TimeoutSeconds*float64(time.Second)) + 500*time.Millisecond)
+	deadline := time.Now().Add(time.Duration(req.TimeoutSeconds*float64(time.Second)) + slack)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.limits = req
