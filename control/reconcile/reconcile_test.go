@@ -396,3 +396,25 @@ func TestASilentHostAndChanges(t *testing.T) {
 		t.Errorf("after the silence (-want +got):\n%s", diff)
 	}
 }
+
+// TestASnapshotThatCameAndWentIsNotFound: it was made after the records were read,
+// and is deleted before what the host says is looked at.
+func TestASnapshotThatCameAndWentIsNotFound(t *testing.T) {
+	var w *world
+	w = newWorld(t, func(c *reconcile.Config) {
+		c.OwnedSnapshot = func(name string) bool {
+			if name == "short" { // whoever owned it is done just now
+				w.host.LoseSnapshot(name)
+			}
+			return false
+		}
+	})
+	for _, name := range []string{"short", "stays"} {
+		w.host.KeepSnapshot(&hostv1.Snapshot{Name: name})
+	}
+	w.once()
+	rows, err := w.db.Snapshots(t.Context(), "h")
+	if err != nil || len(rows) != 1 || rows[0].Name != "stays" {
+		t.Errorf("on record are %+v, %v", rows, err)
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"time"
 
 	"connectrpc.com/connect"
@@ -53,16 +54,12 @@ func DecideSnapshot(row store.Template, has *hostv1.Snapshot, owned bool, now ti
 // settleSnapshots brings the records of snapshots and the host's together. As with
 // sandboxes the records are read first.
 func (r *Reconciler) settleSnapshots(ctx context.Context) error {
-	rows, err := r.cfg.Store.Snapshots(ctx, r.cfg.HostName)
-	if err != nil {
-		return err
-	}
-	has, err := r.hostSnapshots(ctx)
+	rows, has, err := r.lookAtSnapshots(ctx)
 	if sandbox.Is(err, sandbox.KindUnsupported) {
 		return nil // a host without snapshots
 	}
 	if err != nil {
-		return fmt.Errorf("list the host's snapshots: %w", err)
+		return err
 	}
 	for _, row := range rows {
 		m := has[row.Name]
@@ -70,12 +67,41 @@ func (r *Reconciler) settleSnapshots(ctx context.Context) error {
 		do := DecideSnapshot(row, m, r.cfg.OwnedSnapshot(row.Name), r.cfg.Now())
 		r.noteSnapshot(row.Name, do, r.settleSnapshot(ctx, row, m, do))
 	}
+	return r.settleStrangers(ctx, has)
+}
+
+// settleStrangers records what the host has without a record. One that was made after
+// the records were read may be deleted by now, and its record with it, so both are
+// looked at once more.
+func (r *Reconciler) settleStrangers(ctx context.Context, strangers map[string]*hostv1.Snapshot) error {
+	maps.DeleteFunc(strangers, func(name string, _ *hostv1.Snapshot) bool { return r.cfg.OwnedSnapshot(name) })
+	if len(strangers) == 0 {
+		return nil
+	}
+	rows, has, err := r.lookAtSnapshots(ctx)
+	if err != nil {
+		return err
+	}
+	for _, row := range rows {
+		delete(has, row.Name)
+	}
 	for name, m := range has {
-		if !r.cfg.OwnedSnapshot(name) {
+		if strangers[name] != nil && !r.cfg.OwnedSnapshot(name) {
 			r.noteSnapshot(name, RecordSnapshot, r.foundSnapshot(ctx, m))
 		}
 	}
 	return nil
+}
+
+// lookAtSnapshots reads the records and then asks the host.
+func (r *Reconciler) lookAtSnapshots(ctx context.Context) (rows []store.Template, has map[string]*hostv1.Snapshot, err error) {
+	if rows, err = r.cfg.Store.Snapshots(ctx, r.cfg.HostName); err != nil {
+		return nil, nil, err
+	}
+	if has, err = r.hostSnapshots(ctx); err != nil {
+		return nil, nil, fmt.Errorf("list the host's snapshots: %w", err)
+	}
+	return rows, has, nil
 }
 
 func (r *Reconciler) hostSnapshots(ctx context.Context) (map[string]*hostv1.Snapshot, error) {
