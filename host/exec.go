@@ -252,7 +252,10 @@ func (r *Process) notStarted(caller context.Context, err error) error {
 	if cause := context.Cause(caller); cause != nil {
 		return cause
 	}
-	return rpcError(r.ctx, err)
+	if err := rpcError(r.ctx, err); !sandbox.Is(err, sandbox.KindTransient) {
+		return err // it was refused
+	}
+	return r.brokenOff(err)
 }
 
 // timeUp kills the command. A guest that does not even take the signal is not

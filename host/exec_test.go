@@ -113,6 +113,24 @@ func TestCommandOfACallerThatLeftEarly(t *testing.T) {
 	}
 }
 
+// TestCommandWhoseVMDiesBeforeItIsSaidToRun: its caller is told of that, and not of a
+// connection that broke.
+func TestCommandWhoseVMDiesBeforeItIsSaidToRun(t *testing.T) {
+	r := newRig(t)
+	var id sandbox.ID
+	guest := &commands{starting: func() {
+		if err := r.vms.Crash(id); err != nil {
+			t.Error(err)
+		}
+	}}
+	guest.serve(r)
+	agent := r.open()
+	id = r.mustCreate()
+	if err := follow(t.Context(), agent, id); err == nil || !strings.Contains(err.Error(), string(sandbox.CauseVMMCrash)) {
+		t.Errorf("he was told %v", err)
+	}
+}
+
 // TestNoCommandOutlivesAGracefulStop: those that somebody follows are killed
 // when Close returns, and their followers are told why.
 func TestNoCommandOutlivesAGracefulStop(t *testing.T) {
