@@ -6,8 +6,8 @@ import (
 )
 
 // stopLimit is how long an agent that closes waits for the commands that it
-// ends with their calls.
-const stopLimit = 2 * time.Second
+// ends with their calls; tests lengthen it.
+var stopLimit = 2 * time.Second
 
 // commands counts those that a caller follows, so that none of them outlives a
 // graceful stop by oversight.

@@ -30,8 +30,8 @@ const keepAlive = 15 * time.Second
 var silenceKept = 2 * time.Minute
 
 // startGrace is how long a command may take to say its PID whose caller has gone
-// away.
-const startGrace = 2 * time.Second
+// away; tests lengthen it.
+var startGrace = 2 * time.Second
 
 // killLimit bounds the killing of a command whose caller went away or whose time
 // is up.
@@ -228,7 +228,8 @@ func (r *Process) open(caller context.Context, header http.Header, patience time
 	header.Set(guestapi.HeaderKeepalive, strconv.Itoa(int(keepAlive/time.Second)))
 	r.ctx, r.watchdog = watchSilence(r.ctx)
 	r.watchdog.Reset(patience)
-	defer context.AfterFunc(caller, func() { r.watchdog.Reset(startGrace) })()
+	grace := startGrace // read once: a test may undo it meanwhile
+	defer context.AfterFunc(caller, func() { r.watchdog.Reset(grace) })()
 	stream, err := call()
 	if err != nil {
 		return r.notStarted(caller, err)

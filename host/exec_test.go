@@ -82,12 +82,14 @@ func (c *commands) SendSignal(ctx context.Context, req *connect.Request[process.
 	return connect.NewResponse(&process.SendSignalResponse{}), nil
 }
 
-// follow starts a command and reads its output to the end, as a stream does.
-func follow(ctx context.Context, a *host.Agent, id sandbox.ID) error {
+// follow starts a command and reads its output to the end, as a stream does. Once
+// the host knows of the command it calls started.
+func follow(ctx context.Context, a *host.Agent, id sandbox.ID, started func()) error {
 	p, err := a.Start(ctx, string(id), host.Command{Cmd: "sleep"}, false)
 	if err != nil {
 		return err
 	}
+	started()
 	_, err = p.Output(func(_, _ []byte) error { return nil })
 	p.Finish(err == nil)
 	return err
@@ -96,19 +98,20 @@ func follow(ctx context.Context, a *host.Agent, id sandbox.ID) error {
 // TestCommandOfACallerThatLeftEarly: he goes away when the agent has started his
 // command, and before it has said so.
 func TestCommandOfACallerThatLeftEarly(t *testing.T) {
+	defer host.SetStartGrace(30 * time.Second)() // also on a busy machine he says it in time
 	r := newRig(t)
 	ctx, leave := context.WithCancel(t.Context())
 	guest := &commands{starting: leave}
 	guest.serve(r)
 	agent := r.open()
 	id := r.mustCreate()
-	if err := follow(ctx, agent, id); !errors.Is(err, context.Canceled) {
+	if err := follow(ctx, agent, id, func() {}); !errors.Is(err, context.Canceled) {
 		t.Errorf("he was told %v", err)
 	}
 	if n := guest.alive(); n > 0 {
 		t.Errorf("%d commands run on", n)
 	}
-	if err := follow(ctx, agent, id); !errors.Is(err, context.Canceled) || guest.last != 1 {
+	if err := follow(ctx, agent, id, func() {}); !errors.Is(err, context.Canceled) || guest.last != 1 {
 		t.Errorf("a command was started for somebody who had left, %v", err)
 	}
 }
@@ -135,15 +138,17 @@ func TestCommandWhoseVMDiesBeforeItIsSaidToRun(t *testing.T) {
 // when Close returns, and their followers are told why.
 func TestNoCommandOutlivesAGracefulStop(t *testing.T) {
 	const many = 20
+	defer host.SetStartGrace(30 * time.Second)()
+	defer host.SetStopLimit(30 * time.Second)()
 	r, guest := newRig(t), &commands{}
 	guest.serve(r)
 	agent := r.open()
 	id := r.mustCreate()
 	ended := make(chan error, many)
 	for range many {
-		go func() { ended <- follow(context.Background(), agent, id) }()
+		go func() { ended <- follow(context.Background(), agent, id, func() {}) }()
 	}
-	testkit.Eventually(t, 5*time.Second, "all run", func() bool { return guest.alive() == many })
+	testkit.Eventually(t, 10*time.Second, "all run", func() bool { return guest.alive() == many })
 	if err := agent.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -166,9 +171,13 @@ func TestNoGuestHoldsUpAStop(t *testing.T) {
 	guest.serve(r)
 	agent := r.open()
 	id := r.mustCreate()
-	ended := make(chan error)
-	go func() { ended <- follow(context.Background(), agent, id) }()
-	testkit.Eventually(t, 5*time.Second, "it runs", func() bool { return guest.alive() == 1 })
+	ended, started := make(chan error, 1), make(chan struct{})
+	go func() { ended <- follow(context.Background(), agent, id, func() { close(started) }) }()
+	select {
+	case <-started:
+	case err := <-ended:
+		t.Fatalf("it does not run: %v", err)
+	}
 	start := time.Now()
 	if err := agent.Close(); err != nil {
 		t.Fatal(err)
@@ -189,9 +198,13 @@ func TestWhoFollowsIsToldAtOnceOfTheEnd(t *testing.T) {
 	guest.serve(r)
 	agent := r.open()
 	id := r.mustCreate()
-	ended := make(chan error)
-	go func() { ended <- follow(context.Background(), agent, id) }()
-	testkit.Eventually(t, 5*time.Second, "it runs", func() bool { return guest.alive() == 1 })
+	ended, started := make(chan error, 1), make(chan struct{})
+	go func() { ended <- follow(context.Background(), agent, id, func() { close(started) }) }()
+	select {
+	case <-started: // before that the host only knows that a call broke
+	case err := <-ended:
+		t.Fatalf("it does not run: %v", err)
+	}
 	mute, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -35,7 +36,11 @@ func TestAgentThatAnswersBeforeTheUpload(t *testing.T) {
 	const tries = 50 // the answer and the broken connection race
 	const full = "the sandbox's disk is full"
 	mux := http.NewServeMux()
+	var answering sync.WaitGroup
+	defer answering.Wait() // the end of the machine would close their connections
 	full507 := func(w http.ResponseWriter, _ *http.Request) {
+		answering.Add(1)
+		defer answering.Done()
 		conn, _, err := w.(http.Hijacker).Hijack()
 		if err != nil {
 			t.Error(err)
@@ -50,6 +55,7 @@ func TestAgentThatAnswersBeforeTheUpload(t *testing.T) {
 	mux.HandleFunc("POST /files", full507)
 	mux.HandleFunc("POST /files/tree", full507)
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	defer host.SetAnswerGrace(30 * time.Second)() // the answer is there, however late a busy machine reads it
 	r := newRig(t)
 	hostile(r, mux)
 	agent := r.open()

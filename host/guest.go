@@ -57,6 +57,7 @@ func (a *Agent) newGuest(network Network, token string) *guest {
 	address := net.JoinHostPort(network.Guest().Addr().String(), strconv.Itoa(guestapi.Port))
 	g := &guest{base: "http://" + address, token: token, network: network, portDials: make(chan struct{}, portDialsOnce)}
 	g.patience.Store(int64(dialLimit))
+	grace := answerGrace
 	dials := make(chan struct{}, dialsAtOnce)
 	g.transport = &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -72,7 +73,7 @@ func (a *Agent) newGuest(network Network, token string) *guest {
 			if err != nil {
 				return nil, err
 			}
-			return &heardConn{Conn: conn, heard: make(chan struct{})}, nil
+			return &heardConn{Conn: conn, grace: grace, heard: make(chan struct{})}, nil
 		},
 		MaxIdleConnsPerHost:    16,
 		IdleConnTimeout:        15 * time.Second,
@@ -90,8 +91,8 @@ func (a *Agent) newGuest(network Network, token string) *guest {
 }
 
 // answerGrace is how long an answer is waited for once a request cannot be sent
-// to its end.
-const answerGrace = time.Second
+// to its end; tests lengthen it.
+var answerGrace = time.Second
 
 // heardConn lets an agent answer before it has read the whole request, as one
 // does whose disk is full. It then hangs up, and the next write fails: net/http
@@ -99,6 +100,7 @@ const answerGrace = time.Second
 // only when there is nothing more to hear.
 type heardConn struct {
 	net.Conn
+	grace time.Duration
 	once  sync.Once
 	heard chan struct{} // closed when a read has failed
 }
@@ -116,7 +118,7 @@ func (c *heardConn) Write(p []byte) (int, error) {
 	if err != nil {
 		select {
 		case <-c.heard:
-		case <-time.After(answerGrace):
+		case <-time.After(c.grace):
 		}
 	}
 	return n, err
