@@ -170,7 +170,7 @@ func TestCreateStopsAtTheHostsMemory(t *testing.T) {
 func TestBootThatHangsIsKilled(t *testing.T) {
 	r := newRig(t)
 	r.mute = true
-	r.agentCfg = func(c *host.Config) { c.BootTimeout = 200 * time.Millisecond }
+	r.agentCfg = func(c *host.Config) { c.BootTimeout = 2 * time.Second } // it has printed its line by then
 	r.open()
 	req := r.request()
 	_, err := r.agent.Create(t.Context(), req)

@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/dormouse-sandbox/dormouse/host"
 	"github.com/dormouse-sandbox/dormouse/internal/fault"
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/sandbox"
@@ -18,20 +20,20 @@ import (
 func TestNoRemovalMakesADeadlineLate(t *testing.T) {
 	r := newRig(t)
 	r.open()
-	hung, other := r.mustCreate(), r.request()
-	other.Deadline = time.Now().Add(1500 * time.Millisecond)
-	if _, err := r.agent.Create(t.Context(), other); err != nil {
-		t.Fatal(err)
-	}
-	first := fault.Set("host/destroy/journal", fault.Nth(1, fault.Fail))
-	defer first()
+	hung, other := r.mustCreate(), r.mustCreate()
+	act, reached, goOn := wait(t)
+	defer fault.Set("host/destroy/vm", act)()
+	disarm := fault.Set("host/destroy/journal", fault.Fail) // and the house-keeping with it, until it is disarmed
+	defer disarm()
 	if _, err := r.agent.Destroy(t.Context(), string(hung), ""); !errors.Is(err, fault.ErrInjected) {
 		t.Fatal(err)
 	}
-	act, reached, goOn := wait(t)
-	defer fault.Set("host/destroy/vm", act)()
+	disarm()
 	<-reached // the house-keeping tries again, and hangs
-	testkit.Eventually(t, 10*time.Second, "ended by its deadline", func() bool { return r.status(other.ID).State == "ended" })
+	if err := r.agent.SetDeadline(string(other), time.Now().Add(1500*time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	testkit.Eventually(t, 10*time.Second, "ended by its deadline", func() bool { return r.status(other).State == "ended" })
 	if s := r.status(hung); s.State == "ended" {
 		t.Error("the removal that hangs has ended")
 	}
@@ -42,28 +44,30 @@ func TestNoRemovalMakesADeadlineLate(t *testing.T) {
 // TestDeadlineMovedInTime: once the host has said that it moved a deadline, the
 // old one ends nothing, though it passed while the new one was written.
 func TestDeadlineMovedInTime(t *testing.T) {
+	var later atomic.Int64 // the deadline passes when the test says so, not before
 	r := newRig(t)
-	r.open()
-	req := r.request()
-	req.Deadline = time.Now().Add(1500 * time.Millisecond)
-	if _, err := r.agent.Create(t.Context(), req); err != nil {
-		t.Fatal(err)
+	r.agentCfg = func(c *host.Config) {
+		c.Now = func() time.Time { return time.Now().Add(time.Duration(later.Load())) }
 	}
+	r.open()
+	id, other := r.mustCreate(), r.mustCreate() // for an hour
 	act, reached, goOn := wait(t)
 	defer fault.Set("osfs/set-deadline/write", act)()
 	moved := make(chan error)
-	go func() { moved <- r.agent.SetDeadline(string(req.ID), time.Now().Add(time.Hour)) }()
+	go func() { moved <- r.agent.SetDeadline(string(id), time.Now().Add(3*time.Hour)) }()
 	<-reached
-	const ticks = 800 * time.Millisecond // of the house-keeping, several
-	<-time.After(time.Until(req.Deadline.Add(ticks)))
+	later.Store(int64(2 * time.Hour))
+	testkit.Eventually(t, 10*time.Second, "ended by its deadline", func() bool { return r.status(other).State == "ended" })
+	const ticks = 600 * time.Millisecond // of the house-keeping, which has seen the deadline pass, two more
+	time.Sleep(ticks)
 	goOn <- nil
 	if err := <-moved; err != nil {
 		t.Fatal(err)
 	}
-	if _, err := r.agent.Ping(t.Context(), string(req.ID)); err != nil {
+	if _, err := r.agent.Ping(t.Context(), string(id)); err != nil {
 		t.Error(err)
 	}
-	if s := r.status(req.ID); s.State != "running" {
+	if s := r.status(id); s.State != "running" {
 		t.Errorf("status: %+v", s)
 	}
 }

@@ -214,7 +214,7 @@ func (r *rig) guest(ctx context.Context, m vmmfake.Inside) error {
 		w.(http.Flusher).Flush()
 		<-req.Context().Done() // a download that never goes on
 	})
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: time.Second}
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stop()
 	_ = server.Serve(m.Listener) // until the machine ends

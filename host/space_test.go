@@ -76,12 +76,12 @@ func TestVMsAreFrozenBeforeTheDiskIsFull(t *testing.T) {
 func TestFrozenVMsEnd(t *testing.T) {
 	r := spaceRig(t)
 	one, two := r.mustCreate(), r.mustCreate()
-	if err := r.agent.SetDeadline(string(two), time.Now().Add(2*time.Second)); err != nil {
-		t.Fatal(err)
-	}
 	r.free.Store(1)
 	r.frozen(one, sandbox.FreezeNoSpace)
 	r.frozen(two, sandbox.FreezeNoSpace)
+	if err := r.agent.SetDeadline(string(two), time.Now().Add(2*time.Second)); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := r.agent.Destroy(t.Context(), string(one), ""); err != nil {
 		t.Error(err)
 	}
