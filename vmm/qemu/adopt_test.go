@@ -13,9 +13,7 @@ import (
 // one gets a transient error, and the VM is none the worse for it.
 func TestAdoptWhileAnotherHoldsTheVM(t *testing.T) {
 	first := driver(t)
-	m, err := first.Start(t.Context(), vmm.Spec{
-		ID: sandbox.NewID(), VCPUs: 1, MemMiB: 128, Kernel: kernelImage(t), Dir: shortDir(t),
-	})
+	m, err := first.Start(t.Context(), spec(t, "hold", nil))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -88,13 +88,13 @@ func TestAProbeThatHangsIsKilled(t *testing.T) {
 		want           string
 	}{
 		{1500 * time.Millisecond, time.Minute, "it hangs: nothing on its console for 1.5s, after 0 bytes"},
-		{time.Minute, 1500 * time.Millisecond, "no first process within 1.5s"},
+		{time.Minute, 6 * time.Second, "no first process within 6s"}, // in which QEMU has to start, too
 	} {
 		start := time.Now()
 		if trouble := tryWith(t, standIn(t, "-S", ""), tt.silence, tt.limit); trouble != tt.want {
 			t.Errorf("trouble: %q, want %q", trouble, tt.want)
 		}
-		if took := time.Since(start); took > 5*time.Second {
+		if took := time.Since(start); took > 30*time.Second {
 			t.Errorf("it took %v", took)
 		}
 	}

@@ -19,14 +19,20 @@ import (
 
 // guest plays the guests of the suite.
 func guest(ctx context.Context, m vmmfake.Inside) error {
-	select { // a boot takes a while
-	case <-time.After(30 * time.Millisecond):
-	case <-ctx.Done():
+	rest := func(d time.Duration) {
+		select {
+		case <-time.After(d):
+		case <-ctx.Done():
+		}
+	}
+	rest(30 * time.Millisecond) // a boot takes a while
+	if ctx.Err() != nil {
 		return nil
 	}
 	_, _ = fmt.Fprintln(m.Console, vmmtest.Marker)
 	switch vmmtest.Guest(m.Spec.Cmdline) {
 	case vmmtest.PowerOff:
+		rest(2 * time.Second) // a test releases and adopts the machine first
 		return nil
 	case vmmtest.Panic:
 		return errors.New("kernel panic: Attempted to kill init!")
@@ -55,7 +61,7 @@ func TestConformance(t *testing.T) {
 		return vmmtest.Harness{
 			Driver:      func(*testing.T) vmm.Driver { return d },
 			Spec:        spec,
-			BootLimit:   5 * time.Second,
+			BootLimit:   30 * time.Second,
 			ConsoleKeep: 64 << 10,
 			Boots:       20,
 			Generations: 9,

@@ -58,7 +58,7 @@ func adopt(t *testing.T, h Harness) {
 }
 
 func adoptedPowerOff(t *testing.T, h Harness) {
-	r := release(t, h, start(t, h, h.Driver(t), PowerOff)) // long before the guest gets there
+	r := release(t, h, start(t, h, h.Driver(t), PowerOff)) // the guest waits for seconds before it does it
 	exit := ended(t, adoptAgain(t, h, r), h.BootLimit)
 	wantCause(t, exit, sandbox.CauseGuestExit)
 }

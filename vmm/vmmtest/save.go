@@ -363,7 +363,7 @@ func unserved(t *testing.T, h Harness, m memory, vms map[vmm.Machine]sandbox.Cau
 			t.Logf("%s stands still", vm.Record().ID)
 			continue
 		}
-		exit := ended(t, vm, testkit.Patience(unservedLimit))
+		exit := ended(t, vm, unservedLimit)
 		if h.MayHang && exit.Cause == sandbox.CauseGuestExit && exit.Reset {
 			t.Logf("%s has fallen over it: %s", vm.Record().ID, exit.Detail)
 			continue

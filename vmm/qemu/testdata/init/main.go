@@ -38,6 +38,7 @@ func say(format string, args ...any) { fmt.Printf(format+"\n", args...) }
 func act(do string) {
 	switch do {
 	case "poweroff":
+		time.Sleep(3 * time.Second) // a test releases and adopts the VM first
 		unix.Sync()
 		say("poweroff: %v", unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF))
 	case "reboot":
