@@ -3,6 +3,7 @@ package netns_test
 import (
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
 	"github.com/dormouse-sandbox/dormouse/netns"
@@ -21,6 +22,10 @@ func finding(t *testing.T, name string) netns.Finding {
 
 func TestCheckKernel(t *testing.T) {
 	world(t)
+	// The kernel calls a link up a moment after it was set up.
+	testkit.Eventually(t, 10*time.Second, "up, the links of the world", func() bool {
+		return strings.Count(run(t, "ip -o link show dev uplink0; ip -o link show dev lan0"), "state UP") == 2
+	})
 	before := run(t, "ip -o link; nft list ruleset")
 	for _, name := range []string{"tun", "veth", "nftables", "ip-forward"} {
 		if f := finding(t, name); !f.OK {
@@ -85,7 +90,11 @@ func compareFinding(t *testing.T, g *guest, ok bool, cure string) {
 	if f.OK != ok || !strings.Contains(f.Cure, cure) {
 		t.Errorf("found %+v", f)
 	}
-	if _, err := dial(g.ns, webServer); (err == nil) != ok {
+	limit := briefly
+	if ok {
+		limit = noHurry
+	}
+	if _, err := dial(g.ns, webServer, limit); (err == nil) != ok {
 		t.Errorf("while Check says %v, a connection has the error %v", f.OK, err)
 	}
 }

@@ -257,7 +257,7 @@ func TestAdoptAndPolicyFailAtEachStep(t *testing.T) {
 		if err := adopt(last); err != nil {
 			t.Errorf("%s: again: %v", point, err)
 		}
-		if _, err := dial(g.ns, webServer); err == nil {
+		if _, err := dial(g.ns, webServer, briefly); err == nil {
 			t.Errorf("%s: the internet is open", point)
 		}
 		if err := last.Close(); err != nil {

@@ -124,7 +124,7 @@ func TestNothingOpensAConnectionIntoAGuest(t *testing.T) {
 	})
 	for _, from := range []string{"", "inet"} {
 		for _, to := range []string{"100.127.255.2:8080", peer.String() + ":8080"} {
-			if _, err := dial(from, to); err == nil {
+			if _, err := dial(from, to, briefly); err == nil {
 				t.Errorf("%s is reached from %q", to, from)
 			}
 		}
@@ -222,7 +222,7 @@ func TestOldConnectionsAreReset(t *testing.T) {
 	if !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("the old connection: %v", err)
 	}
-	if _, err := dial(g.ns, webServer); err != nil {
+	if _, err := dial(g.ns, webServer, noHurry); err != nil {
 		t.Errorf("a new connection: %v", err)
 	}
 }
@@ -296,7 +296,7 @@ func TestDialsHoldNoThreads(t *testing.T) {
 	testkit.Eventually(t, 10*time.Second, "under way, all of them", func() bool {
 		return strings.Count(run(t, "ss -N dmtest0-0 -Htn state syn-sent"), "\n") == dials
 	})
-	if during := threads(t); during > before+dials/4 {
+	if during := threads(t); during > before+dials*3/4 { // the busy scheduler has some; one a dial is too many
 		t.Errorf("%d threads before %d dials, %d meanwhile", before, dials, during)
 	}
 	cancel()

@@ -75,12 +75,12 @@ func TestAdoptAfterRestart(t *testing.T) {
 	if err := first.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := dial(g.ns, webServer); err != nil {
+	if _, err := dial(g.ns, webServer, noHurry); err != nil {
 		t.Fatalf("while no server runs: %v", err)
 	}
 
 	second := open(t, netns.Config{Instance: "test0", Prepare: 2})
-	if _, err := dial(g.ns, webServer); err != nil {
+	if _, err := dial(g.ns, webServer, noHurry); err != nil {
 		t.Fatalf("while it is not adopted yet: %v", err)
 	}
 	early := acquire(t, second, netns.Policy{}) // neither this nor the preparer takes what may be adopted
@@ -99,13 +99,13 @@ func TestAdoptAfterRestart(t *testing.T) {
 	if out := run(t, "ip -n dmtest0-2 link show lo 2>/dev/null || true"); strings.Contains(out, "stray") {
 		t.Errorf("what was not adopted is still there: %s", out)
 	}
-	if reply, err := resolve(g.ns, "udp", gatewayDNS, webName, dns.TypeA); err != nil || len(reply.Answer) != 1 {
+	if reply, err := resolve(g.ns, "udp", gatewayDNS, webName, dns.TypeA, noHurry); err != nil || len(reply.Answer) != 1 {
 		t.Errorf("DNS after the restart: %v, error %v", reply, err)
 	}
-	if _, err := dial(g.ns, webServer); err != nil {
+	if _, err := dial(g.ns, webServer, noHurry); err != nil {
 		t.Errorf("after the restart: %v", err)
 	}
-	if reply, err := resolve(quiet.ns, "udp", gatewayDNS, webName, dns.TypeA); err != nil || reply.Rcode != dns.RcodeRefused {
+	if reply, err := resolve(quiet.ns, "udp", gatewayDNS, webName, dns.TypeA, noHurry); err != nil || reply.Rcode != dns.RcodeRefused {
 		t.Errorf("DNS without internet: %v, error %v", reply, err)
 	}
 	if _, err := second.Adopt(t.Context(), 30); !sandbox.Is(err, sandbox.KindNotFound) {
@@ -250,7 +250,7 @@ func TestPreparedSlots(t *testing.T) {
 	}
 	testkit.Eventually(t, 5*time.Second, "two slots prepared", ready(2))
 	g := boot(t, acquire(t, n, netns.Policy{Internet: true}))
-	if _, err := dial(g.ns, webServer); err != nil {
+	if _, err := dial(g.ns, webServer, noHurry); err != nil {
 		t.Errorf("from a prepared slot: %v", err)
 	}
 	testkit.Eventually(t, 5*time.Second, "a third one prepared", func() bool { return len(remains(t, "test0")) == 3*2+1 })
@@ -343,7 +343,7 @@ func TestTwoInstances(t *testing.T) {
 	if after := run(t, "nft -s list table inet dormouse_aaaaa"); after != before {
 		t.Errorf("the other instance's table was\n%s\nand is\n%s", before, after)
 	}
-	if _, err := dial(a.ns, webServer); err != nil {
+	if _, err := dial(a.ns, webServer, noHurry); err != nil {
 		t.Errorf("the other instance's guest: %v", err)
 	}
 }
@@ -382,18 +382,18 @@ func TestForwardingIsRestored(t *testing.T) {
 func TestDeniedNetworksFollowTheHost(t *testing.T) {
 	n := network(t, netns.Config{})
 	g := boot(t, acquire(t, n, netns.Policy{Internet: true}))
-	if _, err := dial(g.ns, webServer); err != nil {
+	if _, err := dial(g.ns, webServer, noHurry); err != nil {
 		t.Fatal(err)
 	}
 	run(t, "ip addr add 203.0.113.1/25 dev lan0 noprefixroute")
 	t.Cleanup(func() { run(t, "ip addr del 203.0.113.1/25 dev lan0 2>/dev/null || true") })
 	testkit.Eventually(t, 5*time.Second, "the new LAN denied", func() bool {
-		_, err := dial(g.ns, webServer)
+		_, err := dial(g.ns, webServer, briefly)
 		return err != nil
 	})
 	run(t, "ip addr del 203.0.113.1/25 dev lan0")
 	testkit.Eventually(t, 5*time.Second, "the old LAN allowed", func() bool {
-		_, err := dial(g.ns, webServer)
+		_, err := dial(g.ns, webServer, briefly)
 		return err == nil
 	})
 }

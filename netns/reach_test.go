@@ -21,28 +21,28 @@ func TestGuestWithInternet(t *testing.T) {
 	g := boot(t, s)
 
 	t.Run("reaches the internet as the host", func(t *testing.T) {
-		seen, err := dial(g.ns, webServer)
+		seen, err := dial(g.ns, webServer, noHurry)
 		if err != nil || !strings.HasPrefix(seen, hostUplink+":") {
 			t.Fatalf("the server saw %q, error %v", seen, err)
 		}
-		if err := echo(g.ns, webServer); err != nil {
+		if err := echo(g.ns, webServer, noHurry); err != nil {
 			t.Fatal(err)
 		}
 	})
 	t.Run("resolves a name over UDP and TCP", func(t *testing.T) {
 		for _, network := range []string{"udp", "tcp"} {
-			reply, err := resolve(g.ns, network, gatewayDNS, webName, dns.TypeA)
+			reply, err := resolve(g.ns, network, gatewayDNS, webName, dns.TypeA, noHurry)
 			if err != nil || len(reply.Answer) != 1 || !strings.Contains(reply.Answer[0].String(), "203.0.113.10") {
 				t.Fatalf("%s: %v, error %v", network, reply, err)
 			}
 		}
 	})
 	t.Run("is told to ask again over TCP for a long answer", func(t *testing.T) {
-		reply, err := resolve(g.ns, "udp", gatewayDNS, "long.example.", dns.TypeTXT)
+		reply, err := resolve(g.ns, "udp", gatewayDNS, "long.example.", dns.TypeTXT, noHurry)
 		if err != nil || !reply.Truncated {
 			t.Fatalf("udp: %v, error %v", reply, err)
 		}
-		reply, err = resolve(g.ns, "tcp", gatewayDNS, "long.example.", dns.TypeTXT)
+		reply, err = resolve(g.ns, "tcp", gatewayDNS, "long.example.", dns.TypeTXT, noHurry)
 		if err != nil || len(reply.Answer) != 100 {
 			t.Fatalf("tcp: %v, error %v", reply, err)
 		}
@@ -70,14 +70,14 @@ func TestGuestWithInternet(t *testing.T) {
 
 func (d denial) check(from string) error {
 	if d.proof != "-" {
-		if _, err := dial(d.proof, d.addr); err != nil {
+		if _, err := dial(d.proof, d.addr, noHurry); err != nil {
 			return fmt.Errorf("nothing to deny: %w", err)
 		}
 	}
-	if seen, err := dial(from, d.addr); err == nil {
+	if seen, err := dial(from, d.addr, briefly); err == nil {
 		return fmt.Errorf("TCP to %s works, seen as %s", d.addr, seen)
 	}
-	if err := echo(from, d.addr); err == nil {
+	if err := echo(from, d.addr, briefly); err == nil {
 		return fmt.Errorf("UDP to %s works", d.addr)
 	}
 	return nil
@@ -111,23 +111,23 @@ func TestGuestWithoutInternet(t *testing.T) {
 	n := network(t, netns.Config{})
 	s := acquire(t, n, netns.Policy{Internet: true})
 	g := boot(t, s)
-	if _, err := dial(g.ns, webServer); err != nil {
+	if _, err := dial(g.ns, webServer, noHurry); err != nil {
 		t.Fatalf("with internet: %v", err)
 	}
 	if err := s.SetPolicy(t.Context(), netns.Policy{}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := dial(g.ns, webServer); err == nil {
+	if _, err := dial(g.ns, webServer, briefly); err == nil {
 		t.Error("the internet is reached without policy")
 	}
-	if err := echo(g.ns, webServer); err == nil {
+	if err := echo(g.ns, webServer, briefly); err == nil {
 		t.Error("UDP to the internet works without policy")
 	}
-	reply, err := resolve(g.ns, "udp", gatewayDNS, webName, dns.TypeA)
+	reply, err := resolve(g.ns, "udp", gatewayDNS, webName, dns.TypeA, noHurry)
 	if err != nil || reply.Rcode != dns.RcodeRefused {
 		t.Errorf("the resolver answers %v, error %v", reply, err)
 	}
-	if _, err := resolve(g.ns, "udp", dnsServer, webName, dns.TypeA); err == nil {
+	if _, err := resolve(g.ns, "udp", dnsServer, webName, dns.TypeA, briefly); err == nil {
 		t.Error("another resolver is reached without policy")
 	}
 }

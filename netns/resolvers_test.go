@@ -20,7 +20,7 @@ func TestNextResolverIsAsked(t *testing.T) {
 		netip.MustParseAddrPort(dnsServer),
 	}})
 	g := boot(t, acquire(t, n, netns.Policy{Internet: true}))
-	if reply, err := resolve(g.ns, "udp", gatewayDNS, webName, dns.TypeA); err != nil || len(reply.Answer) != 1 {
+	if reply, err := resolve(g.ns, "udp", gatewayDNS, webName, dns.TypeA, noHurry); err != nil || len(reply.Answer) != 1 {
 		t.Errorf("%v, error %v", reply, err)
 	}
 }
@@ -28,7 +28,7 @@ func TestNextResolverIsAsked(t *testing.T) {
 func TestNoResolverAnswers(t *testing.T) {
 	n := network(t, netns.Config{Resolvers: []netip.AddrPort{netip.MustParseAddrPort("203.0.113.10:53")}})
 	g := boot(t, acquire(t, n, netns.Policy{Internet: true}))
-	if reply, err := resolve(g.ns, "udp", gatewayDNS, webName, dns.TypeA); err != nil || reply.Rcode != dns.RcodeServerFailure {
+	if reply, err := resolve(g.ns, "udp", gatewayDNS, webName, dns.TypeA, noHurry); err != nil || reply.Rcode != dns.RcodeServerFailure {
 		t.Errorf("%v, error %v", reply, err)
 	}
 }
@@ -53,12 +53,12 @@ func TestResolvConfIsReadAgain(t *testing.T) {
 	})
 	n := network(t, netns.Config{Resolvers: []netip.AddrPort{}})
 	g := boot(t, acquire(t, n, netns.Policy{Internet: true}))
-	if reply, err := resolve(g.ns, "udp", gatewayDNS, webName, dns.TypeA); err != nil || reply.Rcode != dns.RcodeServerFailure {
+	if reply, err := resolve(g.ns, "udp", gatewayDNS, webName, dns.TypeA, noHurry); err != nil || reply.Rcode != dns.RcodeServerFailure {
 		t.Fatalf("by the first file: %v, error %v", reply, err)
 	}
 	write("nameserver 203.0.113.53\n")
-	testkit.Eventually(t, 3*time.Second, "the new resolver asked", func() bool {
-		reply, err := resolve(g.ns, "udp", gatewayDNS, webName, dns.TypeA)
+	testkit.Eventually(t, 10*time.Second, "the new resolver asked", func() bool {
+		reply, err := resolve(g.ns, "udp", gatewayDNS, webName, dns.TypeA, briefly)
 		return err == nil && len(reply.Answer) == 1
 	})
 }

@@ -281,16 +281,23 @@ func carry(from, to *os.File) {
 	}
 }
 
+// How long dial, echo and resolve wait: noHurry where an answer must come, also on
+// a busy machine, and briefly where none may, or where somebody asks again.
+const (
+	noHurry = 10 * time.Second
+	briefly = time.Second
+)
+
 // dial connects from a namespace and returns what the server says first: the
 // address that it saw.
-func dial(ns, addr string) (seen string, err error) {
+func dial(ns, addr string, limit time.Duration) (seen string, err error) {
 	err = within(ns, func() error {
-		c, err := net.DialTimeout("tcp", addr, time.Second)
+		c, err := net.DialTimeout("tcp", addr, limit)
 		if err != nil {
 			return err
 		}
 		defer func() { _ = c.Close() }()
-		_ = c.SetDeadline(time.Now().Add(time.Second))
+		_ = c.SetDeadline(time.Now().Add(limit))
 		buf := make([]byte, 64)
 		n, err := c.Read(buf)
 		seen = strings.TrimSpace(string(buf[:n]))
@@ -300,14 +307,14 @@ func dial(ns, addr string) (seen string, err error) {
 }
 
 // echo sends a datagram from a namespace and waits for it to come back.
-func echo(ns, addr string) error {
+func echo(ns, addr string, limit time.Duration) error {
 	return within(ns, func() error {
 		c, err := net.Dial("udp", addr)
 		if err != nil {
 			return err
 		}
 		defer func() { _ = c.Close() }()
-		_ = c.SetDeadline(time.Now().Add(time.Second))
+		_ = c.SetDeadline(time.Now().Add(limit))
 		if _, err := c.Write([]byte("hello")); err != nil {
 			return err
 		}
@@ -317,9 +324,9 @@ func echo(ns, addr string) error {
 }
 
 // resolve asks a DNS server from a namespace.
-func resolve(ns, network, server, name string, kind uint16) (reply *dns.Msg, err error) {
+func resolve(ns, network, server, name string, kind uint16, limit time.Duration) (reply *dns.Msg, err error) {
 	err = within(ns, func() (err error) {
-		client := &dns.Client{Net: network, Timeout: time.Second}
+		client := &dns.Client{Net: network, Timeout: limit}
 		reply, _, err = client.Exchange(new(dns.Msg).SetQuestion(name, kind), server)
 		return err
 	})
