@@ -269,19 +269,21 @@ func (d *Driver) notBusy(ctx context.Context, call func() error) error {
 	return err
 }
 
-// again makes a call until its error is another one than while, or the limit is over.
+// again makes a call until its error is another one than while, or the limit is
+// over. The last call comes after the limit: a busy machine may have slept through it.
 func (d *Driver) again(ctx context.Context, limit time.Duration, while error, call func() error) error {
 	deadline := time.NewTimer(limit)
 	defer deadline.Stop()
+	over := false
 	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		err := call()
-		if !errors.Is(err, while) {
+		if over || !errors.Is(err, while) {
 			return err
 		}
 		select {
 		case <-time.After(pause):
 		case <-deadline.C:
-			return err
+			over = true
 		case <-ctx.Done():
 			return errors.Join(context.Cause(ctx), err)
 		}

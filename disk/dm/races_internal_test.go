@@ -212,3 +212,23 @@ func TestNoMemoryIsTriedAgain(t *testing.T) {
 		r.nothingRemains("by a table that cannot be loaded")
 	}
 }
+
+// TestTheLimitIsSleptThrough: a machine that is so busy that the limit passes in
+// one call tells nothing about the device. It is asked once more, and not for ever.
+func TestTheLimitIsSleptThrough(t *testing.T) {
+	d := fakeRig(t).driver
+	for _, frees := range []bool{true, false} {
+		calls := 0
+		err := d.again(t.Context(), time.Nanosecond, unix.EBUSY, func() error {
+			calls++
+			time.Sleep(20 * time.Millisecond)
+			if calls > 1 && frees {
+				return nil
+			}
+			return unix.EBUSY
+		})
+		if want := !frees; errors.Is(err, unix.EBUSY) != want || calls < 2 {
+			t.Errorf("it becomes free: %v; after %d calls: %v", frees, calls, err)
+		}
+	}
+}
