@@ -129,7 +129,7 @@ func TestCommandWhoseVMDiesBeforeItIsSaidToRun(t *testing.T) {
 	guest.serve(r)
 	agent := r.open()
 	id = r.mustCreate()
-	if err := follow(t.Context(), agent, id); err == nil || !strings.Contains(err.Error(), string(sandbox.CauseVMMCrash)) {
+	if err := follow(t.Context(), agent, id, func() {}); err == nil || !strings.Contains(err.Error(), string(sandbox.CauseVMMCrash)) {
 		t.Errorf("he was told %v", err)
 	}
 }
