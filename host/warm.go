@@ -143,7 +143,8 @@ func (m *machine) keepWarm(ctx context.Context, p plan, watch *stopwatch) error 
 const rehearsalLimit = 10 * time.Second
 
 // rehearse has the guest do what each of its copies will do first: become somebody,
-// and run a command. So their pages are in the memory that is kept, and mapped. Who it becomes nobody will ever be: the token is not kept.
+// and run a command. So their pages are in the memory that is kept, and mapped. Who it
+// becomes nobody will ever be: the token is not kept.
 func (m *machine) rehearse(ctx context.Context, p plan) error {
 	if err := fault.Point(ctx, "host/warm/rehearse"); err != nil {
 		return err
