@@ -24,6 +24,7 @@ type Freezer interface {
 type stillness struct {
 	turn  chan struct{} // holds one token; whoever has it may change what follows
 	holds bool
+	idle  bool        // nothing ran that could be frozen, and so nothing was
 	life  string      // at the freeze; empty if it is not known
 	limit *time.Timer // lets them go on when the host is not heard of any more
 	round int         // which limit it is
@@ -135,11 +136,15 @@ func (a *Agent) freezeLocked(ctx context.Context, within time.Duration) error {
 	if err := a.cfg.Exec.Hold(ctx); err != nil {
 		return fmt.Errorf("wait for the start of a command: %w", err)
 	}
-	if err := a.cfg.Freezer.Freeze(ctx); err != nil {
+	idle, err := a.cfg.Freezer.Idle()
+	if err != nil || !idle {
+		idle, err = false, a.cfg.Freezer.Freeze(ctx)
+	}
+	if err != nil {
 		a.cfg.Exec.Release()
 		return err
 	}
-	a.still.holds = true
+	a.still.holds, a.still.idle = true, idle
 	return nil
 }
 
@@ -148,11 +153,13 @@ func (a *Agent) thawLocked() error {
 	if a.cfg.Freezer == nil {
 		return nil
 	}
-	if err := a.cfg.Freezer.Thaw(); err != nil {
-		return fmt.Errorf("thaw: %w", err)
+	if !a.still.idle {
+		if err := a.cfg.Freezer.Thaw(); err != nil {
+			return fmt.Errorf("thaw: %w", err)
+		}
 	}
 	a.cfg.Exec.Release()
-	a.still.holds = false
+	a.still.holds, a.still.idle = false, false
 	a.still.stopLimit()
 	return nil
 }

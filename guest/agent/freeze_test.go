@@ -201,8 +201,28 @@ func startLater(t *testing.T, s *sandboxed, script string) (result <-chan error,
 	return done, func() string { return res.Output() }
 }
 
+// TestACommandThatIsAskedForMeanwhileStartsAfterTheThaw, also where nothing ran that
+// could be frozen.
 func TestACommandThatIsAskedForMeanwhileStartsAfterTheThaw(t *testing.T) {
-	s := startSandboxed(t)
+	for _, tt := range []struct {
+		what  string
+		idle  bool
+		steps []string
+	}{
+		{"something runs", false, []string{"freeze", "thaw"}},
+		{"nothing runs", true, nil},
+	} {
+		t.Run(tt.what, func(t *testing.T) {
+			s := startSandboxed(t)
+			s.set(func() { s.idle = tt.idle })
+			startsAfterTheThaw(t, s)
+			s.want(t, tt.steps...)
+		})
+	}
+}
+
+func startsAfterTheThaw(t *testing.T, s *sandboxed) {
+	t.Helper()
 	s.call(t, guestapi.PathFreeze, guestapi.Freeze{}, 204)
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()

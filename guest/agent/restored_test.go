@@ -120,7 +120,8 @@ func TestAMachineThatHasNoPast(t *testing.T) {
 		{"nothing runs", true, true, nil, true, []string{"clock", "entropy", "hostname", "machine ID", "hooks"}},
 		{"something runs", true, false, nil, false, all},
 		{"nobody knows", true, true, map[string]error{"idle": errors.New("no cgroups")}, false, all},
-		{"it was used", false, true, nil, false, all},
+		{"it was used, and nothing runs", false, true, nil, false, []string{"clock", "entropy", "hostname", "machine ID", "past", "hooks"}},
+		{"it was used", false, false, nil, false, all},
 	} {
 		t.Run(tt.what, func(t *testing.T) {
 			s := startSandboxed(t)

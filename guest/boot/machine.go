@@ -2,7 +2,6 @@ package boot
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -39,8 +38,13 @@ func (s *System) SetClock(at time.Time) error {
 	return unix.ClockSettime(unix.CLOCK_REALTIME, &ts)
 }
 
-// SetHostname renames the machine, now and in its files.
+// SetHostname renames the machine, now and in its files. One that has the name keeps
+// its files as they are.
 func (s *System) SetHostname(name string) error {
+	var is unix.Utsname
+	if err := unix.Uname(&is); err == nil && unix.ByteSliceToString(is.Nodename[:]) == name {
+		return nil
+	}
 	if err := unix.Sethostname([]byte(name)); err != nil {
 		return err
 	}
@@ -50,10 +54,10 @@ func (s *System) SetHostname(name string) error {
 	return nil
 }
 
-// EndPast ends what ties a machine that was restored to the time before.
+// EndPast ends what ties a machine that was restored to the time before. What it has
+// learned of its wire stays true: only the gateway is there, with one address everywhere.
 func (s *System) EndPast() (dropped int, err error) {
-	dropped, err = past.EndConnections(guestapi.Port) // the agent ends its own
-	return dropped, errors.Join(err, past.ForgetNeighbours())
+	return past.EndConnections(guestapi.Port) // the agent ends its own
 }
 
 // Life is the serial number of the root disk: the disk is asked for it each time,

@@ -1,5 +1,5 @@
 // Package past ends what ties a machine to the time before it was saved: its TCP
-// connections to others, and what it knows of its neighbours on the wire.
+// connections to others.
 //
 // What stays: sockets that listen; connections between two processes of the
 // machine, both ends of which were saved; UDP sockets, which have no state that

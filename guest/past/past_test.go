@@ -292,34 +292,3 @@ func check(t *testing.T, err error) {
 		runtime.Goexit()
 	}
 }
-
-func TestNeighboursAreForgottenButThoseThatSomebodySet(t *testing.T) {
-	within(t, func(w *world) {
-		check(t, w.atPeer(func() error { listen(t, peer4+":80"); return nil }))
-		dial(t, peer4+":80")
-		link, err := netlink.LinkByName("eth0")
-		check(t, err)
-		check(t, netlink.NeighSet(&netlink.Neigh{
-			LinkIndex: link.Attrs().Index, IP: net.ParseIP(nobody), State: netlink.NUD_PERMANENT,
-			HardwareAddr: net.HardwareAddr{2, 0, 0, 0, 0, 9},
-		}))
-		known := func() map[string]bool {
-			neighbours, err := netlink.NeighList(link.Attrs().Index, netlink.FAMILY_V4)
-			check(t, err)
-			names := map[string]bool{}
-			for _, n := range neighbours {
-				names[n.IP.String()] = n.State != netlink.NUD_FAILED
-			}
-			return names
-		}
-		if before := known(); !before[peer4] || !before[nobody] {
-			t.Errorf("before: %v", before)
-		}
-		if err := past.ForgetNeighbours(); err != nil {
-			t.Error(err)
-		}
-		if after := known(); after[peer4] || !after[nobody] {
-			t.Errorf("after: %v", after)
-		}
-	})
-}
