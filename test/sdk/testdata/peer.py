@@ -133,8 +133,10 @@ def pty_connect_and_kill():
     terminal.disconnect()
     again = box.pty.connect(terminal.pid)
     box.pty.send_stdin(terminal.pid, b"echo $((40+2))\n")
+    screen = b""  # what a terminal shows comes in pieces of any size
     for _, _, data in again:
-        if data and b"42" in data:
+        screen += data or b""
+        if b"42" in screen:
             break
     equal(box.pty.kill(terminal.pid), True)
 
