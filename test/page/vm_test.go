@@ -47,8 +47,9 @@ func TestEverythingWithAVM(t *testing.T) {
 		t.Logf("the output did not come live: %q", text)
 	}
 	w.wants(view+".output", "tick 2\n[exit status 0]")
-	w.exec("sleep 1000")
+	w.exec("echo asleep; sleep 1000")
 	w.wants(view+".panel:not([hidden]) [role=status]", "Runs…")
+	w.wants(view+".output", "asleep\n") // stopped before it has begun, it would have no signal
 	w.click(view + "form.together button[type=button]:not([hidden])")
 	w.wants(view+".output", "[signal: terminated]")
 

@@ -94,8 +94,8 @@ export function openRun(id) {
     line.value = past[at] ?? "";
   });
   stop.addEventListener("click", () => {
-    running?.kill(signal);
     setText(status, signal === "TERM" ? "Asked to end; Stop again kills it." : "Killed.");
+    running?.kill(signal); // where it is not connected yet, that is its end, and says so
     signal = "KILL";
   });
   return {
