@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/dormouse-sandbox/dormouse/disk"
+	"github.com/dormouse-sandbox/dormouse/disk/dm"
 	"github.com/dormouse-sandbox/dormouse/disk/qcow"
 	"github.com/dormouse-sandbox/dormouse/host"
 	"github.com/dormouse-sandbox/dormouse/internal/testkit"
@@ -138,10 +139,6 @@ func realHostAndTemplates(t *testing.T, change ...func(*host.Config)) (*host.Age
 	if err != nil {
 		t.Fatal(err)
 	}
-	disks, err := qcow.New(qcow.Config{})
-	if err != nil {
-		t.Fatal(err)
-	}
 	networks, err := netns.Open(t.Context(), netns.Config{Instance: testInstance, Prepare: 1, Log: log})
 	if err != nil {
 		t.Fatal(err)
@@ -150,11 +147,12 @@ func realHostAndTemplates(t *testing.T, change ...func(*host.Config)) (*host.Age
 	if err != nil {
 		t.Fatal(err)
 	}
+	disks, closeDisks := realDisks(t, runDir, log)
 	store, pages := realSnapshots(t, dir, runDir, log)
 	cfg := host.Config{
 		Snapshots: store, Warm: true, Images: &host.StoreImages{Store: store, Pages: pages},
 		Dir: filepath.Join(dir, "host"), RunDir: runDir, Instance: testInstance,
-		VMM: vmm, Disks: []disk.Driver{disks}, Networks: host.Slots{Network: networks}, Templates: templates,
+		VMM: vmm, Disks: disks, Networks: host.Slots{Network: networks}, Templates: templates,
 		Kernel: assets.Kernel.Image, Initrd: assets.Initrd, UIDBase: testUIDs, Log: log,
 	}
 	for _, c := range change {
@@ -172,7 +170,7 @@ func realHostAndTemplates(t *testing.T, change ...func(*host.Config)) (*host.Age
 		if err := agent.Close(); err != nil {
 			t.Error(err)
 		}
-		if err := errors.Join(pages.Stop(ctx), store.Close()); err != nil {
+		if err := errors.Join(closeDisks(), pages.Stop(ctx), store.Close()); err != nil {
 			t.Error(err)
 		}
 		if err := networks.Close(); err != nil {
@@ -181,11 +179,30 @@ func realHostAndTemplates(t *testing.T, change ...func(*host.Config)) (*host.Age
 		if err := netns.Remove(ctx, netns.Config{Instance: testInstance}); err != nil {
 			t.Error(err)
 		}
-		if err := errors.Join(os.RemoveAll(runDir), os.RemoveAll(runDir+".pages")); err != nil {
+		if err := errors.Join(os.RemoveAll(runDir), os.RemoveAll(runDir+".pages"), os.RemoveAll("/dev/dormouse-"+testInstance)); err != nil {
 			t.Error(err)
 		}
 	})
 	return agent, templates
+}
+
+// realDisks are the server's: where the kernel has device-mapper, disks are made by
+// it, and qcow takes over what others have left.
+func realDisks(t *testing.T, runDir string, log *slog.Logger) (drivers []disk.Driver, closeAll func() error) {
+	t.Helper()
+	closeAll = func() error { return nil }
+	mapper, err := dm.Open(dm.Config{Instance: testInstance, NodeDir: "/dev/dormouse-" + testInstance, Log: log})
+	switch {
+	case err == nil:
+		drivers, closeAll = append(drivers, mapper), mapper.Close
+	case !sandbox.Is(err, sandbox.KindUnsupported):
+		t.Fatal(err)
+	}
+	images, err := qcow.New(qcow.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return append(drivers, images), closeAll
 }
 
 // testUIDs is the first user ID of VMs.
