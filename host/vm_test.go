@@ -147,10 +147,11 @@ func realHostAndTemplates(t *testing.T, change ...func(*host.Config)) (*host.Age
 	if err != nil {
 		t.Fatal(err)
 	}
-	disks, closeDisks := realDisks(t, runDir, log)
 	store, pages := realSnapshots(t, dir, runDir, log)
+	images := &host.StoreImages{Store: store, Pages: pages, Log: log}
+	disks, closeDisks := realDisks(t, images, log)
 	cfg := host.Config{
-		Snapshots: store, Warm: true, Images: &host.StoreImages{Store: store, Pages: pages},
+		Snapshots: store, Warm: true, Images: images,
 		Dir: filepath.Join(dir, "host"), RunDir: runDir, Instance: testInstance,
 		VMM: vmm, Disks: disks, Networks: host.Slots{Network: networks}, Templates: templates,
 		Kernel: assets.Kernel.Image, Initrd: assets.Initrd, UIDBase: testUIDs, Log: log,
@@ -188,21 +189,21 @@ func realHostAndTemplates(t *testing.T, change ...func(*host.Config)) (*host.Age
 
 // realDisks are the server's: where the kernel has device-mapper, disks are made by
 // it, and qcow takes over what others have left.
-func realDisks(t *testing.T, runDir string, log *slog.Logger) (drivers []disk.Driver, closeAll func() error) {
+func realDisks(t *testing.T, images *host.StoreImages, log *slog.Logger) (drivers []disk.Driver, closeAll func() error) {
 	t.Helper()
 	closeAll = func() error { return nil }
 	mapper, err := dm.Open(dm.Config{Instance: testInstance, NodeDir: "/dev/dormouse-" + testInstance, Log: log})
 	switch {
 	case err == nil:
-		drivers, closeAll = append(drivers, mapper), mapper.Close
+		drivers, closeAll, images.Sealer = append(drivers, mapper), mapper.Close, mapper
 	case !sandbox.Is(err, sandbox.KindUnsupported):
 		t.Fatal(err)
 	}
-	images, err := qcow.New(qcow.Config{})
+	overlays, err := qcow.New(qcow.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return append(drivers, images), closeAll
+	return append(drivers, overlays), closeAll
 }
 
 // testUIDs is the first user ID of VMs.
