@@ -225,8 +225,15 @@ func (b *recipeBuild) run(ctx context.Context, s plannedStep, dir, step string) 
 	if err != nil {
 		return "", err
 	}
-	image, result := b.w.path("run.ext4"), b.w.path("ran.ext4")
-	defer func() { err = errors.Join(err, removeFiles(image, result)) }()
+	place, err := os.MkdirTemp(b.w.dir, "run-") // who makes a disk over an image may leave files beside it
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(place)) }()
+	if err := os.Chmod(place, 0o711); err != nil { // the VMM has a user of its own
+		return "", err
+	}
+	image, result := filepath.Join(place, "disk.ext4"), filepath.Join(place, "result.ext4")
 	size, err := b.packRun(ctx, dir, image, s.key)
 	if err != nil {
 		return "", err
@@ -277,16 +284,6 @@ func findProgram(dir string, r *dockerfile.Run) error {
 		}
 		return sandbox.Errorf(sandbox.KindInvalid, "the image has no %.200s", program)
 	})
-}
-
-func removeFiles(paths ...string) error {
-	var errs []error
-	for _, path := range paths {
-		if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, err)
-		}
-	}
-	return errors.Join(errs...)
 }
 
 // packRun makes the disk of a RUN.

@@ -19,13 +19,21 @@ import (
 
 // fakeRunner stands in for a microVM: it knows the shell lines "write FILE TEXT" and
 // "pipe FILE", which it does with debugfs, "fail TEXT" and "break", after which the
-// disk is no file system any more.
+// disk is no file system any more. As device-mapper does, it leaves a file beside the
+// image, which says what that is: another step's image must not be there.
 type fakeRunner struct {
 	runs []template.RunStep
 }
 
 func (f *fakeRunner) Run(ctx context.Context, r template.RunStep) error {
 	f.runs = append(f.runs, r)
+	seal, err := os.OpenFile(r.Image+".seal", os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	if err := seal.Close(); err != nil {
+		return err
+	}
 	if out, err := exec.CommandContext(ctx, "cp", "--sparse=always", r.Image, r.Result).CombinedOutput(); err != nil {
 		return fmt.Errorf("cp: %w: %s", err, out)
 	}
