@@ -41,13 +41,12 @@ func (a *Agent) identify(ctx context.Context, init guestapi.Init, at hostTime) (
 		return guestapi.Identified{}, err
 	}
 	defer a.still.give()
-	alone := init.Unused && a.alone()
-	out := guestapi.Identified{Frozen: a.still.holds || alone}
-	if !alone {
-		if err := a.freezeLate(ctx); err != nil {
-			return out, err
-		}
+	out := guestapi.Identified{Frozen: a.still.holds}
+	if err := a.freezeLate(ctx); err != nil {
+		return out, err
 	}
+	alone := init.Unused && a.still.idle // nobody has a connection
+	out.Frozen = out.Frozen || alone
 	if a.cfg.Machine != nil {
 		if err := a.applyMachine(init, at.now()); err != nil {
 			return out, err
@@ -63,23 +62,11 @@ func (a *Agent) identify(ctx context.Context, init guestapi.Init, at hostTime) (
 	if a.cfg.Hooks != nil && !init.Rehearsal { // who this is stands by now: nothing of it depends on the caller any more
 		out.Hooks = a.cfg.Hooks(context.WithoutCancel(ctx), a.cfg.Identity.Get())
 	}
-	if !alone {
-		if err := a.thawLocked(); err != nil {
-			return out, err
-		}
+	if err := a.thawLocked(); err != nil {
+		return out, err
 	}
 	out.Clock = time.Now().UTC().Format(time.RFC3339Nano)
 	return out, nil
-}
-
-// alone says that nothing runs in the machine but the agent: nobody has to stand
-// still, and nobody has a connection. One that does not know is not.
-func (a *Agent) alone() bool {
-	if a.still.holds || a.cfg.Freezer == nil {
-		return false
-	}
-	idle, err := a.cfg.Freezer.Idle()
-	return err == nil && idle
 }
 
 // freezeLate freezes what should have been frozen when the machine was saved, as
