@@ -59,6 +59,17 @@ func TestRewriteLeavesNothingOfTheOld(t *testing.T) {
 	}
 }
 
+// TestRewriteOfWhatIsRightAlready, in a place that cannot be written.
+func TestRewriteOfWhatIsRightAlready(t *testing.T) {
+	const path = "/proc/sys/kernel/ostype"
+	if err := rewrite(path, "Linux\n"); err != nil {
+		t.Error(err)
+	}
+	if err := rewrite(path, "another\n"); err == nil {
+		t.Error("the test's file can be written")
+	}
+}
+
 // TestFilesThatAreNone: the root of a guest may have put anything there.
 func TestFilesThatAreNone(t *testing.T) {
 	dir := t.TempDir()

@@ -75,13 +75,12 @@ func rewrite(path, content string) error {
 			return err
 		}
 	}
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NONBLOCK, 0o644) // a pipe is not waited for
+	if have, err := readFile(path); err == nil && have == content {
+		return nil // also where it could not be written
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|unix.O_NONBLOCK, 0o644) // a pipe is not waited for
 	if err != nil {
 		return err
-	}
-	have := make([]byte, len(content)+1)
-	if n, err := f.ReadAt(have, 0); errors.Is(err, io.EOF) && string(have[:n]) == content {
-		return f.Close()
 	}
 	return errors.Join(overwrite(f, content), f.Close())
 }
