@@ -122,7 +122,8 @@ func (o options) compile(ctx context.Context, packages []string, stage string) (
 	return suites, copyFile(filepath.Join(root, "go.mod"), filepath.Join(stage, "src", "go.mod"))
 }
 
-// programs builds what DORMOUSE_BIN has inside.
+// programs builds what DORMOUSE_BIN has inside: the commands, and the programs
+// in testdata folders, each where testkit.Program looks for it.
 func (o options) programs(ctx context.Context, root, to string) error {
 	if o.bin != "" {
 		return copyTree(o.bin, to)
@@ -133,11 +134,27 @@ func (o options) programs(ctx context.Context, root, to string) error {
 			return err
 		}
 	}
+	// Those of all packages: the tests of one run programs of another's too.
+	for _, pattern := range []string{"*/testdata/*/main.go", "*/*/testdata/*/main.go"} {
+		mains, err := filepath.Glob(filepath.Join(root, pattern))
+		if err != nil {
+			return err
+		}
+		for _, main := range mains {
+			dir := filepath.Dir(main)
+			name, err := filepath.Rel(root, dir)
+			if err != nil {
+				return err
+			}
+			if err := goTool(ctx, dir, "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", filepath.Join(to, name), "."); err != nil {
+				return err
+			}
+		}
+	}
 	return nil
 }
 
 // copyData copies a package's folder without its Go code and its subpackages.
-// Programs in testdata are built, to where testkit.Program looks for them.
 func copyData(ctx context.Context, root, rel, stage string) error {
 	from := filepath.Join(root, rel)
 	entries, err := os.ReadDir(from)
@@ -155,24 +172,7 @@ func copyData(ctx context.Context, root, rel, stage string) error {
 	if _, err := os.Stat(testdata); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	if err := copyTree(testdata, filepath.Join(stage, "src", rel, "testdata")); err != nil {
-		return err
-	}
-	mains, err := filepath.Glob(filepath.Join(testdata, "*", "main.go"))
-	if err != nil {
-		return err
-	}
-	for _, main := range mains {
-		dir := filepath.Dir(main)
-		name, err := filepath.Rel(root, dir)
-		if err != nil {
-			return err
-		}
-		if err := goTool(ctx, dir, "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", filepath.Join(stage, "bin", name), "."); err != nil {
-			return err
-		}
-	}
-	return nil
+	return copyTree(testdata, filepath.Join(stage, "src", rel, "testdata"))
 }
 
 // runSuite runs one test binary, for the try-th time, and says how it went. What
