@@ -42,6 +42,7 @@ type Config struct {
 type Driver struct {
 	qemuImg string
 	options string // of the format
+	blanks  blanks
 }
 
 // New finds qemu-img and asks for its version.
@@ -134,9 +135,23 @@ func (d *Driver) publish(ctx context.Context, config disk.Config, n int) (err er
 	return osfs.Rename("disk-overlay", temp, path)
 }
 
-// make runs qemu-img. It does not look into what the overlay lies on: a VMM wrote
-// that, unless it is the base.
+// make makes an empty overlay.
 func (d *Driver) make(ctx context.Context, h header, path string) error {
+	if b := d.blanks.get(h); b != nil {
+		return sandbox.NoSpace(b.write(ctx, path, h.backing))
+	}
+	if err := d.run(ctx, h, path); err != nil {
+		return err
+	}
+	if b, err := blankOf(path, h); err == nil { // else qemu-img makes the next one too
+		d.blanks.put(h, b)
+	}
+	return nil
+}
+
+// run runs qemu-img. It does not look into what the overlay lies on: a VMM wrote
+// that, unless it is the base.
+func (d *Driver) run(ctx context.Context, h header, path string) error {
 	var said bytes.Buffer
 	cmd := exec.CommandContext(ctx, d.qemuImg, "create", "-q", "-u", "-f", "qcow2", "-o", d.options,
 		"-F", h.format, "-b", h.backing, path, strconv.FormatInt(h.size, 10))

@@ -1,6 +1,7 @@
 package qcow_test
 
 import (
+	"bytes"
 	"context"
 	"os"
 	"os/exec"
@@ -35,6 +36,64 @@ func TestConformance(t *testing.T) {
 	disktest.Run(t, func(t *testing.T) disktest.Harness {
 		return disktest.Harness{Driver: driver(t), Write: write, Read: read}
 	})
+}
+
+// TestConformanceOfTheNextOne: qemu-img makes the first of a size, and we the next.
+func TestConformanceOfTheNextOne(t *testing.T) {
+	testkit.Tool(t, "qemu-io")
+	disktest.Run(t, func(t *testing.T) disktest.Harness {
+		return disktest.Harness{Driver: &experienced{Driver: driver(t), t: t}, Write: write, Read: read}
+	})
+}
+
+// experienced is a driver that has made a disk like each before.
+type experienced struct {
+	*qcow.Driver
+	t *testing.T
+}
+
+func (e *experienced) Create(ctx context.Context, c disk.Config) (disk.Disk, error) {
+	before := c
+	before.Dir = e.t.TempDir()
+	if d, err := e.Driver.Create(ctx, before); err == nil {
+		must(e.t, d.Remove(ctx))
+	}
+	return e.Driver.Create(ctx, c)
+}
+
+// TestTheNextOneIsAsQemuImgMakesIt but for the name of what it lies on, and takes less.
+func TestTheNextOneIsAsQemuImgMakesIt(t *testing.T) {
+	d := driver(t)
+	other := filepath.Join(filepath.Dir(disktest.Base(t)), strings.Repeat("long", 20))
+	must(t, os.Link(disktest.Base(t), other))
+	t.Cleanup(func() { must(t, os.Remove(other)) })
+	for _, tt := range []struct {
+		what string
+		base string
+	}{{"the same base", disktest.Base(t)}, {"a longer name", other}, {"the shorter one again", disktest.Base(t)}} {
+		first, next, afresh := config(t), config(t), config(t)
+		next.Base, afresh.Base = tt.base, tt.base
+		_, err := d.Create(t.Context(), first)
+		must(t, err)
+		ours, err := d.Create(t.Context(), next)
+		must(t, err)
+		theirs, err := driver(t).Create(t.Context(), afresh)
+		must(t, err)
+		got, err := os.ReadFile(ours.Path())
+		must(t, err)
+		want, err := os.ReadFile(theirs.Path())
+		must(t, err)
+		if !bytes.Equal(got, want) {
+			t.Errorf("%s: another file than qemu-img's", tt.what)
+		}
+		run(t, "qemu-img", "check", "-q", "-f", "qcow2", ours.Path())
+		if n, err := ours.Allocated(); err != nil || n > 64<<10 {
+			t.Errorf("%s: it takes %d bytes, %v", tt.what, n, err)
+		}
+		if _, err := d.Restore(t.Context(), next); err != nil {
+			t.Errorf("%s: %v", tt.what, err)
+		}
+	}
 }
 
 // write and read go through QEMU's block layer, as a guest does.
@@ -98,6 +157,13 @@ func TestCreateOnAFullDisk(t *testing.T) {
 	if _, err := driver(t).Create(t.Context(), c); !sandbox.Is(err, sandbox.KindNoSpace) {
 		t.Errorf("error %v, want kind %s", err, sandbox.KindNoSpace)
 	}
+	d, before := driver(t), config(t)
+	if _, err := d.Create(t.Context(), before); err != nil { // by qemu-img; the next is ours
+		t.Fatal(err)
+	}
+	if _, err := d.Create(t.Context(), c); !sandbox.Is(err, sandbox.KindNoSpace) {
+		t.Errorf("the next one: error %v, want kind %s", err, sandbox.KindNoSpace)
+	}
 	entries, err := os.ReadDir(c.Dir)
 	if err != nil || len(entries) != 1 {
 		t.Errorf("beside the filler: %v, %v", entries, err)
@@ -127,7 +193,10 @@ func TestCreateSaysWhatTheVMMCannotOpen(t *testing.T) {
 // TestCreateFailsAt breaks each durable step in turn.
 func TestCreateFailsAt(t *testing.T) {
 	d := driver(t)
-	for _, point := range []string{"osfs/disk-overlay/rename", "osfs/disk-overlay/fsync-dir"} {
+	if _, err := d.Create(t.Context(), config(t)); err != nil { // by qemu-img; the next are ours
+		t.Fatal(err)
+	}
+	for _, point := range []string{"qcow/write", "osfs/disk-overlay/rename", "osfs/disk-overlay/fsync-dir"} {
 		c := config(t)
 		disarm := fault.Set(point, fault.Fail)
 		_, err := d.Create(context.Background(), c)
