@@ -42,12 +42,9 @@ func (g *guest) thaw(ctx context.Context, key ed25519.PrivateKey, id sandbox.ID,
 // it was saved as. When it fails, the guest's user processes still stand still and
 // it is still who it was: calling again is right, and so is removing it.
 //
-// The time is asked for when a connection is open: what a first packet waits for
-// would be missing on the guest's clock.
+// A connection should be open already: what a first packet waits for is missing on the
+// guest's clock, and costs another call that sets it.
 func (g *guest) identify(ctx context.Context, key ed25519.PrivateKey, before sandbox.ID, now func() time.Time, body guestapi.Init) (guestapi.Identified, error) {
-	if err := g.ping(ctx); err != nil {
-		return guestapi.Identified{}, err
-	}
 	at := now()
 	body.Restored = true
 	body.Timestamp = stamp(at)

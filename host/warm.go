@@ -123,7 +123,11 @@ func (m *machine) keepWarm(ctx context.Context, p plan, watch *stopwatch) error 
 	if p.warm == "" {
 		return nil
 	}
-	err := m.rehearse(ctx, p)
+	token := hex.EncodeToString(randomBytes(32)) // nobody keeps it
+	g := m.a.newGuest(m.network, token)
+	defer func() { _ = g.close() }() // nothing of it is open
+	err := m.rehearse(ctx, g, p, token)
+	held := err == nil && m.hold(ctx, g)
 	watch.lap("rehearse")
 	if err == nil {
 		err = m.tryKeepWarm(ctx, p, watch)
@@ -135,6 +139,11 @@ func (m *machine) keepWarm(ctx context.Context, p plan, watch *stopwatch) error 
 	if err := m.vm.Thaw(ctx); err != nil {
 		return fmt.Errorf("let it run on: %w", err)
 	}
+	if held {
+		if err := g.thaw(ctx, m.a.key, m.id, m.a.cfg.Now()); err != nil {
+			return fmt.Errorf("let its processes run on: %w", err)
+		}
+	}
 	watch.lap("warm")
 	return nil
 }
@@ -144,14 +153,11 @@ const rehearsalLimit = 10 * time.Second
 
 // rehearse has the guest do what each of its copies will do first: become somebody,
 // and run a command. So their pages are in the memory that is kept, and mapped. Who it
-// becomes nobody will ever be: the token is not kept.
-func (m *machine) rehearse(ctx context.Context, p plan) error {
+// becomes nobody will ever be.
+func (m *machine) rehearse(ctx context.Context, g *guest, p plan, token string) error {
 	if err := fault.Point(ctx, "host/warm/rehearse"); err != nil {
 		return err
 	}
-	token := hex.EncodeToString(randomBytes(32))
-	g := m.a.newGuest(m.network, token)
-	defer func() { _ = g.close() }() // nothing of it is open
 	_, err := g.identify(ctx, m.a.key, m.id, m.a.cfg.Now, guestapi.Init{
 		Rehearsal: true, AccessToken: token, Hostname: string(sandbox.NewID()), Entropy: randomBytes(64), NewMachineID: true,
 		DefaultUser: p.entry.DefaultUser, DefaultWorkdir: p.entry.DefaultWorkdir,
@@ -169,6 +175,20 @@ func (m *machine) rehearse(ctx context.Context, p plan) error {
 		m.a.log.Info("no command was rehearsed", "sandbox", m.id, "why", printable(err.Error()))
 	}
 	return nil
+}
+
+// hold makes the guest's processes stand still: else each copy would begin with that.
+// A guest that cannot is kept as it is. Whoever is told that it may have done so has
+// to thaw it.
+func (m *machine) hold(ctx context.Context, g *guest) bool {
+	err := fault.Point(ctx, "host/warm/hold")
+	if err == nil {
+		err = g.freeze(ctx, m.a.key, m.id, m.a.cfg.Now(), guestapi.Freeze{})
+	}
+	if err != nil {
+		m.a.log.Info("a warm snapshot's processes run", "sandbox", m.id, "why", printable(err.Error()))
+	}
+	return err == nil || !sandbox.Is(err, sandbox.KindUnsupported)
 }
 
 func (m *machine) tryKeepWarm(ctx context.Context, p plan, watch *stopwatch) (err error) {
