@@ -1,14 +1,12 @@
 package qcow
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
 	"sync"
 
-	"github.com/dormouse-sandbox/dormouse/internal/fault"
 	"github.com/dormouse-sandbox/dormouse/internal/osfs"
 	"github.com/dormouse-sandbox/dormouse/internal/sparse"
 )
@@ -84,10 +82,7 @@ func blankOf(path string, h header) (*blank, error) {
 }
 
 // write makes an overlay over what is called backing. It is not durable yet.
-func (b *blank) write(ctx context.Context, path, backing string) (err error) {
-	if err := fault.Point(ctx, "qcow/write"); err != nil {
-		return err
-	}
+func (b *blank) write(path, backing string) (err error) {
 	if len(backing) > b.room {
 		return fmt.Errorf("%s: a name of %d bytes, %d is the bound", backing, len(backing), b.room)
 	}

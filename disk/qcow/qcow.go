@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"github.com/dormouse-sandbox/dormouse/disk"
+	"github.com/dormouse-sandbox/dormouse/internal/fault"
 	"github.com/dormouse-sandbox/dormouse/internal/osfs"
 	"github.com/dormouse-sandbox/dormouse/internal/sparse"
 	"github.com/dormouse-sandbox/dormouse/internal/undo"
@@ -137,8 +138,11 @@ func (d *Driver) publish(ctx context.Context, config disk.Config, n int) (err er
 
 // make makes an empty overlay.
 func (d *Driver) make(ctx context.Context, h header, path string) error {
+	if err := fault.Point(ctx, "qcow/make"); err != nil {
+		return err
+	}
 	if b := d.blanks.get(h); b != nil {
-		return sandbox.NoSpace(b.write(ctx, path, h.backing))
+		return sandbox.NoSpace(b.write(path, h.backing))
 	}
 	if err := d.run(ctx, h, path); err != nil {
 		return err

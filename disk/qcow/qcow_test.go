@@ -196,7 +196,7 @@ func TestCreateFailsAt(t *testing.T) {
 	if _, err := d.Create(t.Context(), config(t)); err != nil { // by qemu-img; the next are ours
 		t.Fatal(err)
 	}
-	for _, point := range []string{"qcow/write", "osfs/disk-overlay/rename", "osfs/disk-overlay/fsync-dir"} {
+	for _, point := range []string{"qcow/make", "osfs/disk-overlay/rename", "osfs/disk-overlay/fsync-dir"} {
 		c := config(t)
 		disarm := fault.Set(point, fault.Fail)
 		_, err := d.Create(context.Background(), c)

@@ -14,8 +14,9 @@ import (
 )
 
 // steps are the failpoints of one verb, in the order in which it passes them.
-// Those of restore are the part of create for which a boot can step in.
-type steps struct{ create, restore, destroy []string }
+// Those of restore are the part of create for which a boot can step in. Those of
+// recovery are of no verb: what a server passes that starts after a create was killed.
+type steps struct{ create, restore, destroy, recovery []string }
 
 var seen *steps
 
@@ -43,7 +44,8 @@ func passed(t *testing.T) steps {
 func observe(t *testing.T) steps {
 	t.Helper()
 	trace := filepath.Join(t.TempDir(), "points")
-	s := rig.New(t, rig.Options{Env: []string{"DORMOUSE_FAULT_SEEN=" + trace}})
+	seenIn := "DORMOUSE_FAULT_SEEN=" + trace
+	s := rig.New(t, rig.Options{Env: []string{seenIn}})
 	s.Up()
 	// Its slots are ready: what is passed from here on is passed for the verbs.
 	if !testkit.Poll(settleLimit, func() bool { return len(s.Namespaces()) >= preparedSlots }) {
@@ -61,10 +63,25 @@ func observe(t *testing.T) steps {
 		t.Fatal(err)
 	}
 	afterDestroy := points(t, trace)
+	s.Kill()
+	s.With(seenIn, kill("host/create/publish"))
+	s.Up()
+	if _, err := try(t, s); err == nil || !isDead(t, s) {
+		t.Fatalf("a create that kills its server answers %v", err)
+	}
+	afterDeath := points(t, trace)
+	s.With(seenIn)
+	s.Up()
+	for id := range all(t, s) {
+		settled(t, s, id)
+	}
+	onlyThese(t, s)
 
 	out := steps{
 		create:  fresh(idle, afterCreate[len(warmed):]),
 		destroy: fresh(append(idle, afterTakeOver[len(afterCreate):]...), afterDestroy[len(afterTakeOver):]),
+
+		recovery: fresh(nil, points(t, trace)[len(afterDeath):]),
 	}
 	from, to := slices.Index(out.create, "host/restore/images"), slices.Index(out.create, "host/create/publish")
 	if from < 0 || to < from {
