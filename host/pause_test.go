@@ -613,6 +613,46 @@ func TestARehearsalThatFails(t *testing.T) {
 	}
 }
 
+// TestProcessesAreHeldInAWarmSnapshot, so that no copy has to do it first, and run on
+// in the machine that it is made of.
+func TestProcessesAreHeldInAWarmSnapshot(t *testing.T) {
+	r := newSnapshotRig(t)
+	r.open()
+	var held atomic.Bool
+	defer fault.Set("host/warm/freeze", func(context.Context, string) error {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		for _, still := range r.standing {
+			held.Store(held.Load() || still)
+		}
+		return nil
+	})()
+	first := r.mustCreate()
+	if !held.Load() {
+		t.Error("nothing stands still in what is kept")
+	}
+	if r.stands(first) {
+		t.Error("the processes of the first stand still")
+	}
+	if second := r.mustCreate(); !r.inside(second).Restored || r.stands(second) {
+		t.Error("the second one was not restored, or stands still")
+	}
+}
+
+// TestAWarmSnapshotOfRunningProcesses is kept where they cannot be held.
+func TestAWarmSnapshotOfRunningProcesses(t *testing.T) {
+	r := newSnapshotRig(t)
+	r.open()
+	defer fault.Set("host/warm/hold", fault.Fail)()
+	first := r.mustCreate()
+	if r.stands(first) {
+		t.Error("the processes of the first stand still")
+	}
+	if second := r.mustCreate(); !r.inside(second).Restored || r.stands(second) {
+		t.Error("the second one was not restored, or stands still")
+	}
+}
+
 // TestAStartLeavesPausedOnesAlone: of those of which nothing is left but the point,
 // it removes nothing once more, and notes nothing once more.
 func TestAStartLeavesPausedOnesAlone(t *testing.T) {

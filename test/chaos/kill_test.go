@@ -243,10 +243,12 @@ func TestAWarmSnapshotThatDoesNotWorkIsGivenUp(t *testing.T) {
 func TestEachStepOfDestroyFails(t *testing.T) {
 	every := passed(t).destroy
 	s := rig.New(t, rig.Options{})
+	s.Up()
+	id := create(t, s)
+	s.Kill() // a create passes some of them too
 	trace := s.Data + "/points"
 	s.With(failOnce(every), "DORMOUSE_FAULT_SEEN="+trace)
 	s.Up()
-	id := create(t, s)
 	if sb, err := remove(t, s, id); err == nil && sb.State == "gone" {
 		t.Error("the destroy has met none of its failures")
 	}
