@@ -153,13 +153,15 @@ func boot(t *testing.T, d *qemu.Driver, spec vmm.Spec, want string) vmm.Machine 
 func await(t *testing.T, m vmm.Machine, want string) string {
 	t.Helper()
 	var data []byte
-	testkit.Eventually(t, 60*time.Second, "on the console: "+want, func() bool {
+	if !testkit.Poll(time.Minute, func() bool {
 		var err error
 		if data, _, err = m.Console(0, 1<<20); err != nil {
 			t.Fatal(err)
 		}
 		return bytes.Contains(data, []byte(want))
-	})
+	}) {
+		t.Fatalf("not on the console: %s; it ends with:\n%s", want, data[max(0, len(data)-4096):])
+	}
 	return string(data)
 }
 
