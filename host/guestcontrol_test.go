@@ -136,6 +136,23 @@ func TestALateClockIsSetAgain(t *testing.T) {
 	}
 }
 
+// TestALateClockThatCannotBeSetAgain is no clock to go on with.
+func TestALateClockThatCannotBeSetAgain(t *testing.T) {
+	agent, g, key := standIn(t)
+	now := time.Date(2026, 11, 27, 12, 0, 0, 0, time.UTC)
+	agent.status, agent.answer = http.StatusOK, `{"clock":"`+now.Format(time.RFC3339Nano)+`"}`
+	agent.heard = func() {
+		now = now.Add(time.Second)
+		if len(agent.asked) > 1 {
+			agent.status, agent.answer = http.StatusInternalServerError, `{"code":500,"message":"no clock"}`
+		}
+	}
+	_, err := g.Identify(t.Context(), key, "abc", func() time.Time { return now }, guestapi.Init{SandboxID: "abc"})
+	if err == nil || !strings.Contains(err.Error(), "set the clock again") || !strings.Contains(err.Error(), "no clock") {
+		t.Errorf("it says %v", err)
+	}
+}
+
 // TestThePortProxyKnowsWhatIsTheHostsAlone: control does not import the guest's
 // contract, so the two lists are two.
 func TestThePortProxyKnowsWhatIsTheHostsAlone(t *testing.T) {
