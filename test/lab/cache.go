@@ -10,7 +10,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/dormouse-sandbox/dormouse/lab"
 )
@@ -37,10 +39,12 @@ func cacheDisk(ctx context.Context, cache string) (string, error) {
 	}
 	disk := filepath.Join(cache, "lab", "cache-"+key+".img")
 	if _, err := os.Stat(disk); err == nil {
+		now := time.Now()
+		_ = os.Chtimes(disk, now, now) // it was used, so others go before it; root alone can say so
 		return disk, nil
 	}
 	say("lab: make the disk with what sandboxes are made from")
-	return disk, publish("lab-cache", disk, func(whole string) error {
+	err = publish("lab-cache", disk, func(whole string) error {
 		stage := filepath.Join(filepath.Dir(whole), "stage")
 		for to, from := range parts {
 			if err := linkTree(from, filepath.Join(stage, to)); err != nil {
@@ -49,6 +53,34 @@ func cacheDisk(ctx context.Context, cache string) (string, error) {
 		}
 		return lab.MakeDisk(ctx, whole, stage, 0)
 	})
+	return disk, errors.Join(err, trimDisks(filepath.Join(cache, "lab")))
+}
+
+// maxDisks bounds how many of them are kept: each change of the guest makes one, of
+// 300 MiB.
+const maxDisks = 4
+
+// trimDisks removes those that have not been used for the longest time. A lab that
+// runs has its disk open.
+func trimDisks(dir string) error {
+	disks, err := filepath.Glob(filepath.Join(dir, "cache-*.img"))
+	if err != nil {
+		return err
+	}
+	used := map[string]time.Time{}
+	for _, d := range disks {
+		if info, err := os.Stat(d); err == nil { // else somebody else has removed it
+			used[d] = info.ModTime()
+		}
+	}
+	slices.SortFunc(disks, func(a, b string) int { return used[b].Compare(used[a]) })
+	var errs []error
+	for _, d := range disks[min(maxDisks, len(disks)):] {
+		if err := os.Remove(d); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // cacheParts are the folders and files of the disk, by their path on it.
