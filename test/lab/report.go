@@ -132,6 +132,7 @@ var notInALab = []string{
 	"false-kvm", // its KVM works
 	"tcg",       // its VMs run on that
 	"long",      // see testkit.Long
+	"network",   // packages come from another machine
 }
 
 // unexpected says what is wrong with the skips, or nothing.

@@ -12,6 +12,7 @@ func TestSkipsAreAccountedFor(t *testing.T) {
 	for _, tt := range []struct{ name, output, counts, unexpected string }{
 		{"none", "=== RUN   TestA\n--- PASS: TestA (0.00s)\n", "1 passed", ""},
 		{"what no lab has", "=== RUN   TestA\n    a_test.go:9: needs tcg: KVM gives a timer\n--- SKIP: TestA (0.00s)\n", "0 passed, 1 skipped", ""},
+		{"nor the internet", "    a_test.go:9: needs network: a lab has none\n--- SKIP: TestA (0.00s)\n", "0 passed, 1 skipped", ""},
 		{"what a lab has", "    a_test.go:9: needs dm: no device-mapper\n--- SKIP: TestA (0.00s)\n", "0 passed, 1 skipped", "it needs dm"},
 		{
 			"in a subtest", "=== RUN   TestA/b\n    a_test.go:9: needs kvm: none\n--- PASS: TestA (0.00s)\n    --- SKIP: TestA/b (0.00s)\n",
