@@ -70,10 +70,16 @@ func (l *Lab) Run(ctx context.Context, c Command) (wire.Status, error) {
 
 func (l *Lab) dead(err error) error {
 	err = l.vm.lost(err)
-	if strings.Contains(l.vm.console(), "Kernel panic - not syncing: Fatal exception") {
+	if impossible(l.vm.console()) {
 		err = fmt.Errorf("%w: %w", ErrPanic, err)
 	}
 	return fmt.Errorf("%w: %w", ErrDead, err)
+}
+
+// impossible says that a kernel came upon what no program can make it do.
+func impossible(console string) bool {
+	_, why, panicked := strings.Cut(console, "Kernel panic - not syncing: ")
+	return panicked && (strings.HasPrefix(why, "Fatal exception") || strings.HasPrefix(why, "corrupted stack end"))
 }
 
 // take handles one frame; end says that it was the command's last.
