@@ -133,6 +133,7 @@ var notInALab = []string{
 	"tcg",       // its VMs run on that
 	"long",      // see testkit.Long
 	"network",   // packages come from another machine
+	"cachestat", // its kernel is older (Linux 6.5)
 }
 
 // unexpected says what is wrong with the skips, or nothing.
