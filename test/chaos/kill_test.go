@@ -178,7 +178,7 @@ func TestEachStepOfCreateFails(t *testing.T) {
 			ended := get(t, s, failed)
 			wantEnd(t, ended, "failed", "create_failed")
 			said = ended.CauseDetail
-		} else if slices.Index(every, left[0]) < recorded { // then nobody is told which it was
+		} else if len(left) > 0 && slices.Index(every, left[0]) < recorded { // then nobody is told which it was
 			said = left[0] + failing
 		}
 		before := len(left)
