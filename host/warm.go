@@ -123,10 +123,9 @@ func (m *machine) keepWarm(ctx context.Context, p plan, watch *stopwatch) error 
 	if p.warm == "" {
 		return nil
 	}
-	token := hex.EncodeToString(randomBytes(32)) // nobody keeps it
-	g := m.a.newGuest(m.network, token)
-	defer func() { _ = g.close() }() // nothing of it is open
-	err := m.rehearse(ctx, g, p, token)
+	g := m.a.newGuest(m.network, hex.EncodeToString(randomBytes(32))) // nobody keeps its token
+	defer func() { _ = g.close() }()                                  // nothing of it is open
+	err := m.rehearse(ctx, g, p)
 	held := err == nil && m.hold(ctx, g)
 	watch.lap("rehearse")
 	if err == nil {
@@ -154,12 +153,12 @@ const rehearsalLimit = 10 * time.Second
 // rehearse has the guest do what each of its copies will do first: become somebody,
 // and run a command. So their pages are in the memory that is kept, and mapped. Who it
 // becomes nobody will ever be.
-func (m *machine) rehearse(ctx context.Context, g *guest, p plan, token string) error {
+func (m *machine) rehearse(ctx context.Context, g *guest, p plan) error {
 	if err := fault.Point(ctx, "host/warm/rehearse"); err != nil {
 		return err
 	}
 	_, err := g.identify(ctx, m.a.key, m.id, m.a.cfg.Now, guestapi.Init{
-		Rehearsal: true, AccessToken: token, Hostname: string(sandbox.NewID()), Entropy: randomBytes(64), NewMachineID: true,
+		Rehearsal: true, AccessToken: g.token, Hostname: string(sandbox.NewID()), Entropy: randomBytes(64), NewMachineID: true,
 		DefaultUser: p.entry.DefaultUser, DefaultWorkdir: p.entry.DefaultWorkdir,
 	})
 	if err != nil { // its processes may stand still, and this one has to run

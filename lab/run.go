@@ -78,8 +78,8 @@ func (l *Lab) dead(err error) error {
 
 // impossible says that a kernel came upon what no program can make it do.
 func impossible(console string) bool {
-	_, why, panicked := strings.Cut(console, "Kernel panic - not syncing: ")
-	return panicked && (strings.HasPrefix(why, "Fatal exception") || strings.HasPrefix(why, "corrupted stack end"))
+	_, why, _ := strings.Cut(console, "Kernel panic - not syncing: ")
+	return strings.HasPrefix(why, "Fatal exception") || strings.HasPrefix(why, "corrupted stack end")
 }
 
 // take handles one frame; end says that it was the command's last.

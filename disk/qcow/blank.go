@@ -21,12 +21,6 @@ const (
 	maxBacking = 1023    // bytes of a name, says the format
 )
 
-// A blank is known by what is not the name.
-type blankKey struct {
-	format string // of the backing file
-	size   int64  // seen by the guest, in bytes
-}
-
 // blank is an empty overlay without a name.
 type blank struct {
 	data []byte
@@ -34,24 +28,27 @@ type blank struct {
 	room int // for it, in bytes
 }
 
+// blanks are known by their header without a name.
 type blanks struct {
 	mu   sync.Mutex
-	have map[blankKey]*blank
+	have map[header]*blank
 }
 
 func (b *blanks) get(h header) *blank {
+	h.backing = ""
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.have[blankKey{h.format, h.size}]
+	return b.have[h]
 }
 
 func (b *blanks) put(h header, made *blank) {
+	h.backing = ""
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.have == nil || len(b.have) >= maxBlanks {
-		b.have = map[blankKey]*blank{}
+		b.have = map[header]*blank{}
 	}
-	b.have[blankKey{h.format, h.size}] = made
+	b.have[h] = made
 }
 
 // blankOf takes the name out of an overlay that qemu-img has just made. It says no to
@@ -69,9 +66,6 @@ func blankOf(path string, h header) (*blank, error) {
 		return nil, fmt.Errorf("it is %s, want %s", got, h)
 	}
 	at, clusterBits := binary.BigEndian.Uint64(data[8:]), binary.BigEndian.Uint32(data[20:])
-	if clusterBits < 9 || clusterBits > 21 { // what the format allows
-		return nil, fmt.Errorf("clusters of 2^%d bytes", clusterBits)
-	}
 	cluster := min(uint64(len(data)), 1<<clusterBits)
 	end := at + uint64(len(h.backing)) // parseHeader has looked at that
 	if end > cluster || !sparse.IsZero(data[end:cluster]) {

@@ -36,17 +36,18 @@ func TestKillDuringCreate(t *testing.T) {
 				t.FailNow()
 			}
 			var next []string
+			late := false // a recovery would meet it
 			if i+1 < len(chosen) {
 				next = []string{kill(chosen[i+1])}
+				late = slices.Contains(passed(t).recovery, chosen[i+1])
 			}
-			s.With(next...)
-			wait := i+1 < len(chosen) && slices.Contains(passed(t).recovery, chosen[i+1])
-			if wait { // a recovery must not meet it
-				s.With()
+			s.With()
+			if !late {
+				s.With(next...)
 			}
 			s.Up()
 			checkKilledCreate(t, s, known, point, every)
-			if wait {
+			if late {
 				s.Kill()
 				s.With(next...)
 				s.Up()
